@@ -1,0 +1,379 @@
+"""Frozen facts that the control plane takes in and gives out: requests, workers, events, commands.
+
+`ControlPlane.handle(event, now_s, uniform) -> list[Command]` is the only entry. An event says what
+happened; a command says what the driver (console/fleet.py, or the simulator) shall do.
+Times ending in `_at_s` are on the caller's monotonic clock.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from controlplane import protocol
+from controlplane.protocol import Role, Stage
+
+WorkerStatus = Literal["live", "suspect", "draining", "drained", "lost"]
+Split = Literal["local", "handoff"]
+Phase = Literal["queued", "prefill", "transfer", "decode", "orphaned"]
+
+
+@dataclass(frozen=True, slots=True)
+class SLOClass:
+    """A named latency promise. `deadline_s` is set for batch only."""
+
+    name: str
+    rank: int  # 0 is served first
+    ttft_s_p99: float
+    itl_s_p99: float
+    is_batch: bool = False
+    deadline_s: float | None = None
+    queue_s_max: float = 30.0  # a request that waits longer ends as expired
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One request as the plane sees it: sizes and hashes, never text or output length."""
+
+    request_id: str
+    tenant_id: str
+    model_id: str
+    slo: SLOClass
+    prompt_tokens: int
+    output_tokens_max: int
+    block_hashes: tuple[bytes, ...]  # salted chain over full prompt blocks
+    arrived_at_s: float
+    tenant_concurrency_max: int
+
+
+# --- outcomes and their explanation --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker the router looked at, with the numbers it compared."""
+
+    worker_id: str
+    role: Role
+    eligible: bool
+    reason: str  # why not eligible, or "" when eligible
+    queue_s: float  # predicted wait before this prompt starts
+    prefill_s: float
+    transfer_s: float
+    ttft_s: float  # predicted, queue + prefill + transfer
+    itl_s: float  # predicted step after joining
+    cached_tokens: int
+    free_blocks: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request runs: one worker, or a prefill worker that hands KV to a decode worker."""
+
+    split: Split
+    prefill_worker: str
+    decode_worker: str
+    predicted_ttft_s: float
+    predicted_itl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    placement: Placement
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    position: int  # 1 is next
+    predicted_start_s: float  # from now
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """`code` is stable: tenant_concurrency, queue_full, no_worker, model_not_served,
+    prompt_too_long, queue_timeout, draining, retries_exhausted."""
+
+    code: str
+    message: str
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """Why a request went where it went; stored with the request and shown on its page."""
+
+    request_id: str
+    epoch: int
+    outcome: Literal["placed", "queued", "rejected"]
+    reason: str  # one sentence with the numbers that decided
+    split_reason: str
+    waited_s: float
+    uncached_tokens: int
+    handoff_threshold_tokens: int
+    placement: Placement | None
+    candidates: tuple[Candidate, ...] = field(default=())
+
+
+# --- events: what happened -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello:
+    """A connection whose token (if it sent one) the console has already verified."""
+
+    connection_id: str
+    hello: protocol.Hello
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMessage:
+    worker_id: str
+    epoch: int
+    message: (
+        protocol.Accepted
+        | protocol.Rejected
+        | protocol.WorkerLoad
+        | protocol.Heartbeat
+        | protocol.HandoffReady
+        | protocol.HandoffDone
+        | protocol.HandoffFailed
+        | protocol.Drained
+        | protocol.Goodbye
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerClosed:
+    """The connection of this incarnation is gone."""
+
+    worker_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    request_id: str
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The gateway has the last token, or gave the request up (`status` cancelled or failed)."""
+
+    request_id: str
+    status: Literal["completed", "cancelled", "failed"]
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """The gateway misses output ids that no worker sent again in time: move the request."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoleOrdered:
+    worker_id: str
+    role: Role
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainOrdered:
+    worker_id: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerDraining:
+    """The console takes no new request from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Every 100 ms: expiry of workers and queued requests, planner."""
+
+
+Event = (
+    WorkerHello
+    | WorkerMessage
+    | WorkerClosed
+    | Submit
+    | FirstToken
+    | Finished
+    | Stalled
+    | RoleOrdered
+    | DrainOrdered
+    | ServerDraining
+    | Tick
+)
+
+# --- commands: what the driver shall do ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Greet:
+    """Send `message` on the connection; after Refused close it."""
+
+    connection_id: str
+    message: protocol.Welcome | protocol.Refused
+
+
+@dataclass(frozen=True, slots=True)
+class CloseWorker:
+    """Close the connection of a fenced or dead worker."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send Assign to a worker. The driver adds prompt, sampling and the journal's ids.
+
+    From here on only reports of `epoch` count for the request."""
+
+    worker_id: str
+    request_id: str
+    epoch: int
+    stage: Stage
+    handoff_out: protocol.HandoffOut | None = None
+    handoff_in: protocol.HandoffIn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSequence:
+    worker_id: str
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reattach:
+    """A reconnected worker goes on with this sequence: ask it for what the journal misses."""
+
+    worker_id: str
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendRole:
+    worker_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class SendDrain:
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Outcome of a submit, of a queued request's turn, or of a move after a failure.
+
+    Rejected is terminal: the gateway answers the client with it."""
+
+    request_id: str
+    outcome: Placed | Queued | Rejected
+    record: DecisionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChanged:
+    """A role changed, by whom and why; kept as a plan record."""
+
+    worker_id: str
+    role_before: Role
+    role_after: Role
+    by: str  # "planner" or the operator's name
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffCounted:
+    """A KV transfer ended; `recomputed_tokens` > 0 when the prompt had to be computed again."""
+
+    request_id: str
+    bytes: int
+    seconds: float
+    recomputed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverCounted:
+    """A request left a worker that was lost, fenced or silent."""
+
+    request_id: str
+    from_worker: str
+    epoch: int
+
+
+Command = (
+    Greet
+    | CloseWorker
+    | Dispatch
+    | CancelSequence
+    | Reattach
+    | SendRole
+    | SendDrain
+    | Decided
+    | PlanChanged
+    | HandoffCounted
+    | FailoverCounted
+)
+
+# --- views: what pages and metrics read ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker as pages show it; replaced whole at each tick."""
+
+    worker_id: str
+    epoch: int
+    name: str
+    engine: str
+    engine_version: str
+    role: Role
+    status: WorkerStatus
+    device: protocol.DeviceFacts
+    models: tuple[protocol.ModelFacts, ...]
+    block_tokens: int
+    num_blocks: int
+    handoff_address: str | None
+    heard_ago_s: float
+    load: protocol.WorkerLoad | None
+    requests: int  # requests placed on it now
+    exception: str  # e.g. "serves prefill too: no prefill worker is live", else ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    request_id: str
+    tenant_id: str
+    model_id: str
+    class_name: str
+    phase: Phase
+    epoch: int
+    age_s: float
+    phase_s: float
+    prompt_tokens: int
+    placement: Placement | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """Everything that live pages show of the plane; built on demand, never mutated."""
+
+    workers: tuple[WorkerView, ...]
+    requests: tuple[RequestView, ...]
+    queued_by_class: tuple[tuple[str, int], ...]
+    plans: tuple[PlanChanged, ...]  # newest first, bounded

@@ -1,0 +1,355 @@
+"""Messages between workers and the console, and their one codec (msgpack over websocket frames).
+
+Every work message carries `(request_id, epoch)`. The epoch of a request is raised whenever its work
+moves to another worker; a receiver ignores older epochs. `seq` is the output index of the first
+token in a message: duplicates are dropped and gaps are asked for again (`Resend`).
+Durations are seconds. Deadlines travel as seconds remaining at send; each side adds its own clock.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from controlplane.errors import ProtocolError
+
+VERSION = 1
+FRAME_BYTES_MAX = 1 << 20
+CREDIT_FRAMES = 256  # frames that a worker may send before the console acknowledges some
+RESEND_TOKENS_MAX = 8192  # ids of one sequence that a worker keeps for `Resend`
+
+Role = Literal["prefill", "decode", "mixed"]
+Stage = Literal["full", "prefill", "decode"]
+FinishReason = Literal["stop", "length", "handed_off", "cancelled", "error"]
+
+
+class DeviceFacts(msgspec.Struct, frozen=True):
+    """The device behind a worker; `kind` is `modelled` for the fake engine."""
+
+    kind: Literal["cpu", "cuda", "modelled"]
+    name: str
+    memory_bytes: int
+    num_sms: int
+    dtype: str
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """A model that a worker has loaded. `weights_sha256` makes two replicas comparable."""
+
+    model_id: str
+    weights_sha256: str
+    max_model_len: int  # tokens
+    vocab_size: int
+    kv_bytes_per_token: int
+
+
+class StepModel(msgspec.Struct, frozen=True):
+    """Coefficients of the step-time model: seconds = base + per_token·rows + per_context·context."""
+
+    base_s: float
+    per_token_s: float
+    per_context_token_s: float
+
+
+class LiveSequence(msgspec.Struct, frozen=True):
+    """A sequence that a reconnecting worker still holds."""
+
+    request_id: str
+    epoch: int
+    output_tokens: int
+
+
+class ResumeProof(msgspec.Struct, frozen=True):
+    """What a reconnecting worker shows instead of a join token."""
+
+    worker_id: str
+    secret: str
+
+
+# --- worker -> console ---------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First frame of a worker. Exactly one of `token` and `resume` is set."""
+
+    versions: list[int]
+    name: str
+    engine: str
+    engine_version: str
+    role: Role
+    device: DeviceFacts
+    models: list[ModelFacts]
+    block_tokens: int
+    num_blocks: int
+    step_model: StepModel
+    handoff_address: str | None = None  # host:port where peers fetch KV; None: role mixed only
+    token: str | None = None
+    resume: ResumeProof | None = None
+    sequences: list[LiveSequence] = []
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The worker has reserved KV for the sequence."""
+
+    request_id: str
+    epoch: int
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """The worker cannot take the sequence; the router tries its next candidate."""
+
+    request_id: str
+    epoch: int
+    reason: str  # no_kv_room | draining | unknown_model | too_long | queue_full
+    free_blocks: int
+
+
+class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one step did for one sequence of this link."""
+
+    request_id: str
+    epoch: int
+    seq: int  # output index of token_ids[0]
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    prefill_tokens: int  # prompt tokens computed in this step
+    cached_tokens: int  # prompt tokens found in the prefix cache (whole sequence)
+    context_tokens: int
+
+
+class WorkerLoad(msgspec.Struct, frozen=True):
+    """State of a worker after a step or at a heartbeat; seconds are since the previous report."""
+
+    role: Role
+    step_index: int
+    predicted_s: float  # of the last step
+    measured_s: float
+    online_s: float  # step seconds charged to online rows, by their share of token rows
+    batch_s: float
+    idle_s: float  # time blocked with nothing to run
+    rows_online: int  # token rows of the last step
+    rows_batch: int
+    running_online: int  # sequences
+    running_batch: int
+    waiting_online: int
+    waiting_batch: int
+    prefill_tokens_waiting: int  # uncached online prompt tokens not yet computed
+    context_tokens_running: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    kv_blocks_cached: int
+    kv_blocks_held_batch: int
+    step_model: StepModel
+
+
+class StepReport(msgspec.Struct, frozen=True, tag="step"):
+    """One frame per step: the new tokens of all sequences of this link, and the worker's load."""
+
+    sequences: list[SequenceReport]
+    load: WorkerLoad
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Sent when no StepReport left for a second. `busy_s` is the age of the step in hand."""
+
+    load: WorkerLoad
+    busy_s: float
+
+
+class HandoffReady(msgspec.Struct, frozen=True, tag="handoff_ready"):
+    """The prefill worker has computed the prompt; its blocks wait under a lease."""
+
+    request_id: str
+    epoch: int
+    blocks: int
+    bytes: int
+
+
+class HandoffDone(msgspec.Struct, frozen=True, tag="handoff_done"):
+    """The decode worker holds verified KV and goes on decoding."""
+
+    request_id: str
+    epoch: int
+    blocks: int
+    bytes: int
+    seconds: float
+
+
+class HandoffFailed(msgspec.Struct, frozen=True, tag="handoff_failed"):
+    """The decode worker got no usable KV and holds nothing for the sequence any more."""
+
+    request_id: str
+    epoch: int
+    reason: str  # unreachable | refused | checksum | timeout | malformed
+
+
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """The worker finished what it had after `Drain`."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
+    """The worker ends and says why."""
+
+    reason: str
+
+
+# --- console -> worker ---------------------------------------------------------------------------
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """Settings that a worker's scheduler takes from the control plane."""
+
+    kappa: float = 0.6  # share of the strictest ITL target that batch rows may fill
+    tau_idle_s: float = 0.25  # longest step when no online row is present
+    batch_rows_max: int = 64
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The worker is a member; `resume_secret` replaces the join token on reconnect."""
+
+    worker_id: str
+    epoch: int
+    resume_secret: str
+    credit_frames: int
+    policy: Policy
+    heartbeat_s: float = 1.0
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The worker may not join; it prints the reason, and ends when `permanent`."""
+
+    reason: str
+    permanent: bool = True
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How output ids are drawn. Draws are keyed by (seed, choice index, output index)."""
+
+    output_tokens_max: int
+    temperature: float = 0.0  # 0 is greedy, ties to the lowest id
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    seed: int = 0
+    choice_index: int = 0
+    stop_token_ids: list[int] = []
+    output_tokens_min: int = 0
+    ignore_eos: bool = False
+
+
+class ClassTargets(msgspec.Struct, frozen=True):
+    """What the step scheduler needs of an SLO class."""
+
+    name: str
+    rank: int  # 0 is served first
+    ttft_s_left: float
+    itl_s: float
+    is_batch: bool = False
+
+
+class HandoffOut(msgspec.Struct, frozen=True):
+    """For stage `prefill`: keep the KV for the peer that shows `capability`, at most `lease_s`."""
+
+    capability: str
+    lease_s: float = 30.0
+
+
+class HandoffIn(msgspec.Struct, frozen=True):
+    """For stage `decode`: fetch the KV at `address`; the control plane issued it."""
+
+    address: str
+    capability: str
+    timeout_s: float = 30.0
+
+
+class Assign(msgspec.Struct, frozen=True, tag="assign"):
+    """A sequence to run. `delivered` are output ids the client already has (failover): the worker
+    rebuilds KV for prompt + delivered and goes on at output index len(delivered)."""
+
+    request_id: str
+    epoch: int
+    model_id: str
+    stage: Stage
+    prompt_ids: list[int]
+    delivered: list[int]
+    sampling: Sampling
+    targets: ClassTargets
+    salt: bytes  # first link of the prefix hash chain: tenants share no KV
+    handoff_out: HandoffOut | None = None
+    handoff_in: HandoffIn | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop a sequence and free its blocks; no answer is expected."""
+
+    request_id: str
+    epoch: int
+
+
+class Resend(msgspec.Struct, frozen=True, tag="resend"):
+    """The console misses output ids from `seq` on."""
+
+    request_id: str
+    epoch: int
+    seq: int
+
+
+class SetRole(msgspec.Struct, frozen=True, tag="set_role"):
+    """Change the admission mask; sequences in hand go on."""
+
+    role: Role
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take nothing new, finish what is there, answer `Drained`."""
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """`frames` more frames were consumed: the worker may send as many again."""
+
+    frames: int
+
+
+FromWorker = (
+    Hello
+    | Accepted
+    | Rejected
+    | StepReport
+    | Heartbeat
+    | HandoffReady
+    | HandoffDone
+    | HandoffFailed
+    | Drained
+    | Goodbye
+)
+ToWorker = Welcome | Refused | Assign | Cancel | Resend | SetRole | Drain | Ack
+
+_encoder = msgspec.msgpack.Encoder()
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+
+
+def encode(message: FromWorker | ToWorker) -> bytes:
+    """One websocket frame. Raises ProtocolError over FRAME_BYTES_MAX."""
+    frame = _encoder.encode(message)
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ProtocolError(
+            f"{type(message).__name__} of {len(frame)} bytes, at most {FRAME_BYTES_MAX}"
+        )
+    return frame
+
+
+def decode_from_worker(frame: bytes) -> FromWorker:
+    """The console's side of the codec. Raises ProtocolError for anything else than a message."""
+    try:
+        return _from_worker.decode(frame)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"unreadable frame of {len(frame)} bytes from worker: {error}") from None
+
+
+def decode_to_worker(frame: bytes) -> ToWorker:
+    """The worker's side of the codec. Raises ProtocolError for anything else than a message."""
+    try:
+        return _to_worker.decode(frame)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise ProtocolError(
+            f"unreadable frame of {len(frame)} bytes from console: {error}"
+        ) from None
