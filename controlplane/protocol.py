@@ -6,6 +6,9 @@ token in a message: duplicates are dropped and gaps are asked for again (`Resend
 Durations are seconds. Deadlines travel as seconds remaining at send; each side adds its own clock.
 """
 
+import hashlib
+import struct
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -353,3 +356,18 @@ def decode_to_worker(frame: bytes) -> ToWorker:
         raise ProtocolError(
             f"unreadable frame of {len(frame)} bytes from console: {error}"
         ) from None
+
+
+def block_hashes(salt: bytes, token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]:
+    """Names of the full blocks of a token sequence, the same in router index and worker cache.
+
+    h_0 = SHA-256(salt), h_i = SHA-256(h_(i-1) || ids of block i as little-endian uint32): equal
+    names mean equal ids from the first token on, and never across two salts.
+    """
+    link = hashlib.sha256(salt).digest()
+    hashes = []
+    for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
+        ids = token_ids[start : start + block_tokens]
+        link = hashlib.sha256(link + struct.pack(f"<{block_tokens}I", *ids)).digest()
+        hashes.append(link)
+    return tuple(hashes)
