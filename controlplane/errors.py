@@ -2,7 +2,7 @@
 
 SlackwaterError            anything below; `permanent` says whether trying again can help
 ├── ProtocolError          a frame that is not what the protocol allows; the connection is closed
-└── ConfigError            a setting that is missing, mistyped or impossible; the process does not start
+└── ConfigError            a setting that is missing, mistyped or impossible: no start
 
 An expected refusal (quota, full queue) is a value, `domain.Rejected`, and never an exception.
 """

@@ -46,7 +46,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
 
 class StepModel(msgspec.Struct, frozen=True):
-    """Coefficients of the step-time model: seconds = base + per_token·rows + per_context·context."""
+    """Step-time model: seconds = base + per_token · token rows + per_context · context tokens."""
 
     base_s: float
     per_token_s: float
@@ -345,7 +345,9 @@ def decode_from_worker(frame: bytes) -> FromWorker:
     try:
         return _from_worker.decode(frame)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"unreadable frame of {len(frame)} bytes from worker: {error}") from None
+        raise ProtocolError(
+            f"unreadable frame of {len(frame)} bytes from worker: {error}"
+        ) from None
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:
