@@ -343,21 +343,23 @@ def encode(message: FromWorker | ToWorker) -> bytes:
 def decode_from_worker(frame: bytes) -> FromWorker:
     """The console's side of the codec. Raises ProtocolError for anything else than a message."""
     try:
-        return _from_worker.decode(frame)
+        message: FromWorker = _from_worker.decode(frame)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ProtocolError(
             f"unreadable frame of {len(frame)} bytes from worker: {error}"
         ) from None
+    return message
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:
     """The worker's side of the codec. Raises ProtocolError for anything else than a message."""
     try:
-        return _to_worker.decode(frame)
+        message: ToWorker = _to_worker.decode(frame)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ProtocolError(
             f"unreadable frame of {len(frame)} bytes from console: {error}"
         ) from None
+    return message
 
 
 def block_hashes(salt: bytes, token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]:
