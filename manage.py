@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Entry of every management command; a wrong setting ends in one line, not in a traceback."""
+
+import os
+import sys
+
+from django.core.management import execute_from_command_line
+
+from controlplane.errors import ConfigError
+
+
+def main() -> int:
+    """Run the command named on the command line."""
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "console.settings")
+    try:
+        execute_from_command_line(sys.argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
