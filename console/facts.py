@@ -1,0 +1,58 @@
+"""What the server stores about a finished request and about a change of plan: one row each."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+RequestStatus = Literal["completed", "cancelled", "failed", "rejected", "expired"]
+Endpoint = Literal["chat", "completions", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFact:
+    """A request at its end; the columns of model RequestRecord. None where nothing was measured."""
+
+    request_id: str
+    tenant_id: str
+    key_id: str
+    model_id: str
+    class_name: str
+    service_tier: str
+    endpoint: Endpoint
+    is_batch: bool
+    stream: bool
+    status: RequestStatus
+    finish_reason: str
+    error_code: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    arrived_at: datetime
+    queue_ms: float | None
+    ttft_ms: float | None
+    itl_ms_p99: float | None
+    itl_ms_mean: float | None
+    e2e_ms: float
+    split: str  # local | handoff | "" when never placed
+    prefill_worker: str
+    decode_worker: str
+    failovers: int
+    handoff_bytes: int
+    handoff_ms: float
+    handoff_recomputed_tokens: int
+    predicted_ttft_ms: float | None
+    decision: list[dict[str, Any]] = field(default_factory=list)  # decision records, oldest first
+    cost_usd: float | None = None
+    is_demo_history: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFact:
+    """A worker's role changed: which, by whom and why; the columns of model PlanRecord."""
+
+    at: datetime
+    worker_id: str
+    role_before: str
+    role_after: str
+    by: str
+    reason: str
