@@ -1,0 +1,22 @@
+"""Rows of the console, and the rules of one row."""
+
+from console.models.files import Batch, BatchLine, File
+from console.models.fleet import Model, SLOClassRow, Worker, ensure_default_classes
+from console.models.requests import PlanRecord, RequestRecord
+from console.models.tenants import ApiKey, ApiToken, Quota, Tenant
+
+__all__ = [
+    "ApiKey",
+    "ApiToken",
+    "Batch",
+    "BatchLine",
+    "File",
+    "Model",
+    "PlanRecord",
+    "Quota",
+    "RequestRecord",
+    "SLOClassRow",
+    "Tenant",
+    "Worker",
+    "ensure_default_classes",
+]
