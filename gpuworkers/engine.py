@@ -1,0 +1,452 @@
+"""The engine of one worker: takes assignments, and per step schedules, runs and records.
+
+It owns sequences and blocks; arrays live behind the two seams `Runner` and `KVStore`, each with two
+implementations (runner.py and kvcache.py on torch, fake.py modelled). One thread calls it. A
+request has at most one epoch here: a newer one replaces the older. Ids that end a sequence (eos,
+stop ids) are reported like any other id; the gateway leaves them out of the text.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from controlplane import protocol
+from controlplane.latency import LatencyModel
+from gpuworkers import blocks, scheduler
+from gpuworkers.blocks import BlockPool
+from gpuworkers.load import LoadMeter
+from gpuworkers.sequence import Sequence, from_assign
+
+SEQUENCES_MAX = 256  # online sequences in hand, and as many batch sequences
+FINISHED_KEPT_MAX = 256  # ended sequences whose ids can still be sent again
+BATCH_RESERVE_RATIO = 0.125  # share of the blocks that batch leaves to online arrivals
+
+Key = tuple[str, int]
+
+
+class KVStore(Protocol):
+    """The KV arrays as bytes: what handoff reads and writes."""
+
+    num_layers: int
+    num_blocks: int
+    block_tokens: int
+    layer_block_bytes: int  # one layer's block: 2 · kv_heads · block_tokens · head_dim · itemsize
+    dtype_name: str
+
+    def read(self, layer: int, block_ids: list[int]) -> bytes:
+        """Blocks of one layer, concatenated; each is one contiguous piece, K then V."""
+        ...
+
+    def write(self, layer: int, block_ids: list[int], data: bytes | memoryview) -> None:
+        """Overwrite blocks of one layer. Raises ValueError on a wrong size."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """`token_ids`: one per plan row with `samples`, in plan order; None where no id could be drawn
+    (logits not finite). `modelled_s` stands for the measured time when set."""
+
+    token_ids: list[int | None]
+    modelled_s: float | None = None
+
+
+class Runner(Protocol):
+    """Computes a plan: writes KV of every row's tokens and draws the ids."""
+
+    kv: KVStore
+    eos_token_ids: frozenset[int]
+
+    def run(self, plan: scheduler.Plan) -> RunResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits and policy of one engine."""
+
+    policy: protocol.Policy = protocol.Policy()
+    sequences_max: int = SEQUENCES_MAX
+    finished_kept_max: int = FINISHED_KEPT_MAX
+    batch_reserve_ratio: float = BATCH_RESERVE_RATIO
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did. `ready`: prefills whose KV now waits for its peer."""
+
+    sequences: list[protocol.SequenceReport]
+    ready: list[Key]
+    measured_s: float  # 0 when nothing was computed
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """An ended sequence: its output ids, for Resend."""
+
+    prompt_tokens: int
+    output_ids: list[int]
+    finish_reason: protocol.FinishReason
+    cached_tokens: int
+
+
+class Engine:
+    """See module. Methods that name an unknown (request_id, epoch) do nothing: it was cancelled."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        step_model: LatencyModel,
+        model: protocol.ModelFacts,
+        role: protocol.Role,
+    ) -> None:
+        self.runner = runner
+        self.config = config
+        self.step_model = step_model
+        self.model = model
+        self.role = role
+        self.is_draining = False
+        self.pool = BlockPool(runner.kv.num_blocks, runner.kv.block_tokens)
+        self._sequences: dict[Key, Sequence] = {}  # online in order of arrival, batch in turn
+        self._epochs: dict[str, int] = {}
+        self._ended: OrderedDict[Key, _Ended] = OrderedDict()
+        self._reports: list[protocol.SequenceReport] = []  # to go with the next step
+        self._meter = LoadMeter()
+
+    # --- assignments
+
+    def assign(
+        self, message: protocol.Assign, now_s: float
+    ) -> protocol.Accepted | protocol.Rejected:
+        """Take a sequence and reserve its KV (batch: when its turn comes), or say why not."""
+        key = (message.request_id, message.epoch)
+        if key in self._sequences or key in self._ended:
+            return protocol.Accepted(*key)
+        older = self._epochs.get(message.request_id)
+        if older is not None and older > message.epoch:
+            return self._rejected(key, "stale_epoch")
+        if older is not None:
+            self.abandon(message.request_id, older)
+        sequence = from_assign(message, now_s)
+        reason = self._refusal(message, sequence)
+        reserves_now = not sequence.is_batch or sequence.stage == "decode"
+        if reason is None and reserves_now and not self._reserve(sequence):
+            reason = "no_kv_room"
+        if reason is not None:
+            return self._rejected(key, reason)
+        self._sequences[key] = sequence
+        self._epochs[sequence.request_id] = sequence.epoch
+        finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
+        if finish_reason is not None:  # the ids already delivered end it; only the news was lost
+            self._end(sequence, finish_reason)
+        return protocol.Accepted(*key)
+
+    def _rejected(self, key: Key, reason: str) -> protocol.Rejected:
+        return protocol.Rejected(*key, reason, self.pool.num_available)
+
+    def _refusal(self, message: protocol.Assign, sequence: Sequence) -> str | None:
+        if self.is_draining:
+            return "draining"
+        if message.model_id != self.model.model_id:
+            return "unknown_model"
+        ids = sequence.token_ids
+        if not message.prompt_ids or not 0 <= min(ids) <= max(ids) < self.model.vocab_size:
+            return "bad_token_ids"
+        total = sequence.prompt_tokens + sequence.sampling.output_tokens_max
+        if total > self.model.max_model_len or sequence.sampling.output_tokens_max < 1:
+            return "too_long"
+        blocks_max = self.pool.num_blocks
+        if sequence.is_batch:
+            blocks_max -= self._batch_reserve
+        if blocks.blocks_for(sequence.tokens_max, self.pool.block_tokens) > blocks_max:
+            return "too_long"
+        same = sum(other.is_batch == sequence.is_batch for other in self._sequences.values())
+        return "queue_full" if same >= self.config.sequences_max else None
+
+    @property
+    def _batch_reserve(self) -> int:
+        return int(self.pool.num_blocks * self.config.batch_reserve_ratio)
+
+    def _wanted(self, sequence: Sequence) -> tuple[list[bytes], int]:
+        """Names of blocks that may be reused, and the number of blocks needed in all."""
+        size = self.pool.block_tokens
+        num_blocks = blocks.blocks_for(sequence.tokens_max, size)
+        if sequence.stage == "decode":  # the peer's KV is written into them: share none
+            return [], num_blocks
+        reusable = (len(sequence.token_ids) - 1) // size  # the last token must be computed
+        blocks.extend_hashes(
+            sequence.hashes, sequence.salt, sequence.token_ids, reusable * size, size
+        )
+        return sequence.hashes[:reusable], num_blocks
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Blocks for a sequence now; online ones are taken from batch sequences where needed."""
+        hashes, num_blocks = self._wanted(sequence)
+        if sequence.is_batch and not self._can_start(sequence):
+            return False
+        if not self.pool.has_room(hashes, num_blocks):
+            in_hand = self._sequences.values()
+            victims = [s for s in in_hand if s.is_batch and s.phase == "running"]
+            held = sum(self.pool.num_held(s.key) for s in victims)
+            if num_blocks > self.pool.num_available + held:
+                return False
+            for victim in sorted(victims, key=lambda s: s.arrived_at_s, reverse=True):
+                self._preempt(victim)
+                if self.pool.has_room(hashes, num_blocks):
+                    break
+            else:
+                return False
+        self._allocate(sequence, hashes, num_blocks)
+        return True
+
+    def _allocate(self, sequence: Sequence, hashes: list[bytes], num_blocks: int) -> None:
+        reused = self.pool.allocate(sequence.key, hashes, num_blocks)
+        sequence.block_ids = self.pool.block_ids(sequence.key)
+        sequence.computed_tokens = reused * self.pool.block_tokens
+        sequence.cached_tokens = min(sequence.computed_tokens, sequence.prompt_tokens)
+        sequence.phase = "arriving" if sequence.stage == "decode" else "running"
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free a batch sequence's blocks; what the cache loses of them is computed again later."""
+        assert sequence.is_batch, sequence.key
+        self.pool.free(sequence.key)
+        sequence.block_ids = []
+        sequence.computed_tokens = 0
+        sequence.phase = "waiting"
+        if sequence.stage == "decode":  # its KV came from a peer: from here on it is our own
+            sequence.stage = "full"
+
+    # --- what the link tells
+
+    def cancel(self, request_id: str, epoch: int) -> None:
+        """Stop a sequence and free its blocks."""
+        self.abandon(request_id, epoch)
+
+    def abandon(self, request_id: str, epoch: int) -> None:
+        """Forget a sequence, its blocks, and the ids kept for Resend."""
+        key = (request_id, epoch)
+        self._ended.pop(key, None)
+        if key in self._sequences:
+            self._drop(self._sequences[key])
+
+    def _drop(self, sequence: Sequence) -> None:
+        if sequence.block_ids:
+            self.pool.free(sequence.key)
+            sequence.block_ids = []
+        del self._sequences[sequence.key]
+        del self._epochs[sequence.request_id]
+
+    def installed(self, request_id: str, epoch: int, first_ids: list[int], now_s: float) -> None:
+        """The peer's KV is in our blocks: the sequence goes on after `first_ids`, which the peer
+        has reported."""
+        sequence = self._sequences.get((request_id, epoch))
+        if sequence is None or sequence.phase != "arriving":
+            return
+        sequence.computed_tokens = len(sequence.token_ids)
+        sequence.token_ids.extend(first_ids)
+        sequence.last_token_at_s = now_s
+        sequence.phase = "running"
+        self._publish(sequence, 0)
+        finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
+        if finish_reason is not None:
+            self._end(sequence, finish_reason)
+
+    def handed_off(self, request_id: str, epoch: int) -> None:
+        """The peer holds the KV: free it; the next report says `handed_off`."""
+        sequence = self._sequences.get((request_id, epoch))
+        if sequence is not None and sequence.phase == "leased":
+            self._end(sequence, "handed_off")
+
+    def blocks_of(self, request_id: str, epoch: int) -> list[int]:
+        """Blocks of the prompt (and delivered ids), in token order; empty when unknown."""
+        sequence = self._sequences.get((request_id, epoch))
+        if sequence is None:
+            return []
+        count = blocks.blocks_for(sequence.handoff_tokens, self.pool.block_tokens)
+        return sequence.block_ids[:count]
+
+    def first_ids(self, request_id: str, epoch: int) -> list[int]:
+        """Ids sampled at the end of a prefill; empty when unknown or not yet there."""
+        sequence = self._sequences.get((request_id, epoch))
+        return [] if sequence is None else sequence.output_ids[sequence.delivered_tokens :]
+
+    def resend(self, request_id: str, epoch: int, seq: int) -> protocol.SequenceReport | None:
+        """Output ids from index `seq` on, of a sequence in hand or lately ended."""
+        key = (request_id, epoch)
+        if (ended := self._ended.get(key)) is not None:
+            context = ended.prompt_tokens + len(ended.output_ids)
+            return protocol.SequenceReport(
+                *key, seq, ended.output_ids[seq:], ended.finish_reason, 0, ended.cached_tokens,
+                context,
+            )  # fmt: skip
+        sequence = self._sequences.get(key)
+        if sequence is None or seq > sequence.output_tokens:
+            return None
+        return self._report(sequence, sequence.output_tokens - seq, None, 0)
+
+    def set_role(self, role: protocol.Role) -> None:
+        """Roles guide the console's router; an engine runs every stage in any role."""
+        self.role = role
+
+    def drain(self) -> None:
+        """Take nothing new; what is in hand goes on."""
+        self.is_draining = True
+
+    # --- questions
+
+    def has_work(self) -> bool:
+        """Would `step` do anything now?"""
+        if self._reports or any(s.phase == "running" for s in self._sequences.values()):
+            return True
+        return self._next_batch() is not None
+
+    def is_idle(self) -> bool:
+        """Nothing in hand and nothing to report."""
+        return not self._sequences and not self._reports
+
+    def live_sequences(self) -> list[protocol.LiveSequence]:
+        """What this engine can go on with, or send again, after a reconnect."""
+        live = [protocol.LiveSequence(*s.key, s.output_tokens) for s in self._sequences.values()]
+        ended = [protocol.LiveSequence(*key, len(e.output_ids)) for key, e in self._ended.items()]
+        return live + ended
+
+    def load(self, idle_s: float) -> protocol.WorkerLoad:
+        """State for a report; the sums of seconds start again at 0."""
+        return self._meter.take(
+            idle_s, self.role, list(self._sequences.values()), self.pool, self.step_model
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that blocks are conserved and belong to sequences in hand."""
+        self.pool.check_integrity()
+        for sequence in self._sequences.values():
+            has_blocks = sequence.phase != "waiting"
+            assert has_blocks == bool(sequence.block_ids), (sequence.key, sequence.phase)
+            assert self.pool.num_held(sequence.key) == len(sequence.block_ids), sequence.key
+        assert sum(bool(s.block_ids) for s in self._sequences.values()) == self.pool.num_owners
+        assert self._epochs == {s.request_id: s.epoch for s in self._sequences.values()}
+
+    # --- the step
+
+    def step(self, now_s: float, clock: Callable[[], float]) -> StepResult:
+        """Schedule, run, record. `clock` measures the run; now_s is the same clock's time."""
+        self._start_batch()
+        plan = scheduler.plan(now_s, self._state(), self.step_model, self.config.policy)
+        ready: list[Key] = []
+        measured_s = 0.0
+        if plan.rows:
+            started_at_s = clock()
+            result = self.runner.run(plan)
+            elapsed_s = clock() - started_at_s
+            measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
+            self.step_model.observe(plan.features, measured_s)
+            self._meter.add_step(plan, measured_s)
+            ready = self._record(plan, result, now_s + measured_s)
+        reports, self._reports = self._reports, []
+        return StepResult(reports, ready, measured_s)
+
+    def _can_start(self, sequence: Sequence) -> bool:
+        hashes, num_blocks = self._wanted(sequence)
+        return self.pool.has_room(hashes, num_blocks, self._batch_reserve)
+
+    def _next_batch(self) -> Sequence | None:
+        """The oldest waiting batch sequence, when it may get its blocks now."""
+        batch = [s for s in self._sequences.values() if s.is_batch]
+        waiting = [s for s in batch if s.phase == "waiting"]
+        if not waiting or len(batch) - len(waiting) >= self.config.policy.batch_rows_max:
+            return None
+        oldest = min(waiting, key=lambda s: (s.arrived_at_s, s.key))
+        return oldest if self._can_start(oldest) else None
+
+    def _start_batch(self) -> None:
+        """Give blocks to waiting batch sequences while the reserve for online ones stays free."""
+        while (sequence := self._next_batch()) is not None:
+            self._allocate(sequence, *self._wanted(sequence))
+
+    def _state(self) -> scheduler.SchedulerState:
+        running = [s for s in self._sequences.values() if s.phase == "running"]
+        return scheduler.SchedulerState(
+            decoding=tuple(s for s in running if s.is_decoding and not s.is_batch),
+            prefilling=tuple(s for s in running if not s.is_decoding and not s.is_batch),
+            batch_decoding=tuple(s for s in running if s.is_decoding and s.is_batch),
+            batch_prefilling=tuple(s for s in running if not s.is_decoding and s.is_batch),
+        )
+
+    def _record(self, plan: scheduler.Plan, result: RunResult, at_s: float) -> list[Key]:
+        """Take the ids in, publish full blocks, end what has ended; returns ready prefills."""
+        ready: list[Key] = []
+        token_ids = iter(result.token_ids)
+        for row in plan.rows:
+            sequence = row.sequence
+            first_block = sequence.computed_tokens // self.pool.block_tokens
+            prefill_tokens = max(0, min(row.start + row.count, sequence.prompt_tokens) - row.start)
+            sequence.computed_tokens += row.count
+            self._publish(sequence, first_block)
+            if sequence.is_batch and sequence.is_decoding:  # its next turn is after all others
+                self._sequences[sequence.key] = self._sequences.pop(sequence.key)
+            if not row.samples:
+                self._reports.append(self._report(sequence, 0, None, prefill_tokens))
+                continue
+            token_id = next(token_ids)
+            if token_id is None:
+                self._end(sequence, "error", 0, prefill_tokens)
+                continue
+            sequence.token_ids.append(token_id)
+            sequence.last_token_at_s = at_s
+            finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
+            if finish_reason is not None:
+                self._end(sequence, finish_reason, 1, prefill_tokens)
+                continue
+            self._reports.append(self._report(sequence, 1, None, prefill_tokens))
+            if sequence.stage == "prefill":
+                sequence.phase = "leased"
+                self.pool.lease(sequence.key)
+                ready.append(sequence.key)
+        return ready
+
+    def _publish(self, sequence: Sequence, first_block: int) -> None:
+        """Name the blocks from first_block on that are full now, so that others can reuse them."""
+        size = self.pool.block_tokens
+        full = sequence.computed_tokens // size
+        if full == first_block:
+            return
+        blocks.extend_hashes(sequence.hashes, sequence.salt, sequence.token_ids, full * size, size)
+        for index in range(first_block, full):
+            self.pool.publish(sequence.key, index, sequence.hashes[index])
+
+    def _report(
+        self,
+        sequence: Sequence,
+        num_ids: int,
+        finish_reason: protocol.FinishReason | None,
+        prefill_tokens: int,
+    ) -> protocol.SequenceReport:
+        """A report of the newest `num_ids` output ids."""
+        seq = sequence.output_tokens - num_ids
+        return protocol.SequenceReport(
+            sequence.request_id,
+            sequence.epoch,
+            seq,
+            sequence.token_ids[sequence.prompt_tokens + seq :],
+            finish_reason,
+            prefill_tokens,
+            sequence.cached_tokens,
+            sequence.computed_tokens,
+        )
+
+    def _end(
+        self,
+        sequence: Sequence,
+        finish_reason: protocol.FinishReason,
+        num_ids: int = 0,
+        prefill_tokens: int = 0,
+    ) -> None:
+        """Report the end, free the blocks, keep the ids for a while."""
+        self._reports.append(self._report(sequence, num_ids, finish_reason, prefill_tokens))
+        self._drop(sequence)
+        self._ended[sequence.key] = _Ended(
+            sequence.prompt_tokens, sequence.output_ids, finish_reason, sequence.cached_tokens
+        )
+        while len(self._ended) > self.config.finished_kept_max:
+            self._ended.popitem(last=False)

@@ -1,0 +1,112 @@
+"""A request as the engine runs it: its ids, how much KV of them exists, and what comes next."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from controlplane.protocol import Assign, ClassTargets, FinishReason, Sampling, Stage
+
+# waiting: no blocks yet (batch only) · running: may be planned · arriving: KV comes from a peer
+# leased: prompt computed, a peer fetches the KV
+Phase = Literal["waiting", "running", "arriving", "leased"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """token_ids = prompt, then ids delivered before this epoch, then ids sampled here.
+
+    KV of [0, computed_tokens) is valid; [computed_tokens, len(token_ids)) is to be computed.
+    """
+
+    request_id: str
+    epoch: int
+    stage: Stage
+    salt: bytes
+    sampling: Sampling
+    targets: ClassTargets
+    token_ids: list[int]
+    prompt_tokens: int
+    delivered_tokens: int
+    arrived_at_s: float
+    phase: Phase = "waiting"
+    computed_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    last_token_at_s: float | None = None
+    block_ids: list[int] = field(default_factory=list)  # token order; covers all that will be
+    hashes: list[bytes] = field(default_factory=list)  # names of its full blocks, so far
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.request_id, self.epoch)
+
+    @property
+    def is_batch(self) -> bool:
+        return self.targets.is_batch
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Every output id, delivered ones included."""
+        return self.token_ids[self.prompt_tokens :]
+
+    @property
+    def output_tokens(self) -> int:
+        """Number of output ids; also the output index of the next one."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def handoff_tokens(self) -> int:
+        """Tokens whose KV a handoff carries: prompt and delivered ids."""
+        return self.prompt_tokens + self.delivered_tokens
+
+    @property
+    def pending_tokens(self) -> int:
+        return len(self.token_ids) - self.computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """All KV exists but that of the newest output id: one row a step."""
+        return self.output_tokens > 0 and self.pending_tokens == 1
+
+    @property
+    def tokens_max(self) -> int:
+        """Tokens whose KV this worker will ever hold; the last output id never needs any."""
+        if self.stage == "prefill":
+            return self.handoff_tokens
+        return max(len(self.token_ids), self.prompt_tokens + self.sampling.output_tokens_max - 1)
+
+    @property
+    def first_token_due_at_s(self) -> float:
+        return self.arrived_at_s + self.targets.ttft_s_left
+
+    def next_token_due_at_s(self) -> float:
+        """Strict pacing: one ITL target after the token before."""
+        if self.last_token_at_s is None:
+            return self.first_token_due_at_s
+        return self.last_token_at_s + self.targets.itl_s
+
+    def finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Does the newest output id end the sequence, and why?"""
+        if self.output_tokens == 0:
+            return None
+        newest = self.token_ids[-1]
+        if self.output_tokens >= max(1, self.sampling.output_tokens_min):
+            is_eos = newest in eos_token_ids and not self.sampling.ignore_eos
+            if is_eos or newest in self.sampling.stop_token_ids:
+                return "stop"
+        return "length" if self.output_tokens >= self.sampling.output_tokens_max else None
+
+
+def from_assign(message: Assign, now_s: float) -> Sequence:
+    """The sequence that an Assign describes, nothing computed and no blocks yet."""
+    return Sequence(
+        request_id=message.request_id,
+        epoch=message.epoch,
+        stage=message.stage,
+        salt=message.salt,
+        sampling=message.sampling,
+        targets=message.targets,
+        token_ids=[*message.prompt_ids, *message.delivered],
+        prompt_tokens=len(message.prompt_ids),
+        delivered_tokens=len(message.delivered),
+        arrived_at_s=now_s,
+    )
