@@ -111,7 +111,7 @@ def runs(python: Path) -> bool:
 
 
 def remove_unfinished(venv: Path) -> list[str]:
-    """Takes the metadata away from packages with a missing file, so that pip installs them again."""
+    """Takes the metadata of packages with a missing file away: pip then installs them again."""
     removed = []
     for site in venv.glob("lib/python3.*/site-packages"):
         for left_over in site.glob("~*"):  # pip's name for what it was about to delete
@@ -203,11 +203,11 @@ def say_cuda_size(venv: Path) -> None:
 # --- running, with a sign of life ----------------------------------------------------------------
 
 
-def check_disk(folder: Path) -> None:
+def check_disk(folder: Path, needed_bytes: int = BASE_DISK_BYTES) -> None:
     free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < BASE_DISK_BYTES:
+    if free_bytes < needed_bytes:
         raise SetupFailed(
-            f"{gb(free_bytes)} free in {folder}, {gb(BASE_DISK_BYTES)} needed; free some disk"
+            f"{gb(free_bytes)} free in {folder}, {gb(needed_bytes)} needed; free some disk"
         )
 
 
@@ -215,7 +215,9 @@ def gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
 
 
-def run_talking(command: list[str], label: str, show: bool = True) -> list[str]:
+def run_talking(
+    command: list[str], label: str, show: bool = True, silence_s_max: float = SILENCE_S_MAX
+) -> list[str]:
     """Runs a command to its end, prints its lines, and a line of ours when it is silent too long.
 
     Returns the output. Raises SetupFailed with the last line of a command that failed."""
@@ -235,7 +237,7 @@ def run_talking(command: list[str], label: str, show: bool = True) -> list[str]:
     try:
         while True:
             try:
-                line = heard.get(timeout=1.0)
+                line = heard.get(timeout=min(1.0, silence_s_max))
             except queue.Empty:
                 line = ""
             if line is None:
@@ -246,12 +248,14 @@ def run_talking(command: list[str], label: str, show: bool = True) -> list[str]:
             if line and show and is_news(line):
                 print(f"      {line[:110]}")
                 shown_at_s = now_s
-            elif now_s - shown_at_s >= SILENCE_S_MAX:
+            elif now_s - shown_at_s >= silence_s_max:
                 print(f"      ... {label}: working for {now_s - started_at_s:.0f} s")
                 shown_at_s = now_s
-    finally:
+    except BaseException:
         process.terminate()
-        status = process.wait()
+        process.wait()
+        raise
+    status = process.wait()
     if status != 0:
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         raise SetupFailed(f"{label}: {last.strip()} (run make setup again; it goes on from here)")
@@ -260,14 +264,15 @@ def run_talking(command: list[str], label: str, show: bool = True) -> list[str]:
 
 def read_lines(process: subprocess.Popen[str], heard: "queue.Queue[str | None]") -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        heard.put(line.rstrip("\n"))
+    with process.stdout as output:
+        for line in output:
+            heard.put(line.rstrip("\n"))
     heard.put(None)
 
 
 def is_news(line: str) -> bool:
     """Of pip's output only what tells that something goes on, not what was there before."""
-    return line.startswith(("Collecting ", "Installing ", "Successfully", "ERROR", "WARNING"))
+    return line.startswith(("Collecting ", "Installing ", "Successfully", "ERROR"))
 
 
 if __name__ == "__main__":
