@@ -7,7 +7,9 @@ changed and then puts a new `Snapshot` in place of the old one.
 import hashlib
 import hmac
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -162,6 +164,7 @@ class SnapshotKeeper:
         self._poll_s = poll_s
         self._on_change = on_change
         self._version: Version | None = None
+        self._looked_at_s = -math.inf
         self._lock = threading.Lock()  # one loader at a time: the thread, or a caller of refresh
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -186,7 +189,12 @@ class SnapshotKeeper:
                 self._version = version
                 if self._on_change is not None:
                     self._on_change(self.current)
+            self._looked_at_s = time.monotonic()
         return self.current
+
+    def age_s(self) -> float:
+        """Seconds since the rows were last seen to agree with `current`; infinite before that."""
+        return time.monotonic() - self._looked_at_s
 
     def _poll(self) -> None:
         try:
