@@ -3,6 +3,8 @@
 .PHONY: help setup demo demo-info test test-all lint clean clean-demo
 
 VENV := .venv/bin
+# The demo's database, logs and key; a database named in the shell is not touched.
+DEMO_VAR = $(or $(SLACKWATER_VAR),var)/demo
 # What lint checks strictly: decisions and the worker's pure files.
 STRICT := controlplane gpuworkers/scheduler.py gpuworkers/sequence.py gpuworkers/blocks.py
 # A name on the PATH may be a shim that runs nothing, so each candidate has to prove itself.
@@ -24,10 +26,12 @@ setup:  ## create or finish .venv with the locked requirements (about 3 minutes 
 	exit 1
 
 demo: setup  ## two CPU workers serve a small real model under load; Ctrl-C ends it
-	@exec $(VENV)/python -u manage.py serve --demo $(if $(PORT),--port $(PORT))
+	@exec env -u DATABASE_URL -u REDIS_URL SLACKWATER_VAR="$(DEMO_VAR)" \
+	  $(VENV)/python -u manage.py serve --demo $(if $(PORT),--port $(PORT)) $(if $(FLEET),--fleet $(FLEET))
 
 demo-info:  ## addresses, login and key of the demo
-	@exec $(VENV)/python -u manage.py demo_info
+	@exec env -u DATABASE_URL -u REDIS_URL SLACKWATER_VAR="$(DEMO_VAR)" \
+	  $(VENV)/python -u manage.py demo_info
 
 test: setup  ## the suite, at most 10 minutes on 2 cores
 	$(VENV)/python -m pytest -n 2 --dist loadfile -m "not (serial or gpu or $(REST))"
@@ -46,4 +50,4 @@ clean:  ## remove .venv and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-demo:  ## remove the demo's database, logs and key
-	rm -rf var/demo
+	rm -rf "$(DEMO_VAR)"

@@ -34,8 +34,9 @@ class SetupFailed(Exception):
     """Ends the run; its one line says what to do."""
 
 
-def main() -> int:
-    venv = Path(os.environ.get("SLACKWATER_VENV", ROOT / ".venv"))
+def main(arguments: list[str]) -> int:
+    """`arguments` may name another folder than `.venv`."""
+    venv = Path(arguments[0]).resolve() if arguments else ROOT / ".venv"
     started_at_s = time.monotonic()
     try:
         if is_finished(venv):
@@ -276,4 +277,4 @@ def is_news(line: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

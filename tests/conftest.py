@@ -1,4 +1,4 @@
-"""Gates of the whole suite: enough tests were found, and no test skipped without a listed reason."""
+"""Gates of the whole suite: enough tests were found, none skipped without a listed reason."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """What a test may need that a machine may lack, and the only way to skip a test for it.
 
-A missing thing skips with one line, `SKIP <what>: install <package>`. Where SLACKWATER_REQUIRE names
-the thing, the test fails instead. Any other skip reason fails the suite (tests/conftest.py).
+A missing thing skips with one line, `SKIP <what>: install <package>`; where SLACKWATER_REQUIRE
+names the thing, the test fails instead. Any other skip reason fails the suite (tests/conftest.py).
 """
 
 import os

@@ -1,7 +1,6 @@
 """`make setup`: which Python it takes, what it keeps, what it finishes, and that it talks."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -143,8 +142,7 @@ def test_a_torch_named_by_the_user_is_never_already_finished(tmp_path, monkeypat
 def test_the_second_run_of_a_finished_setup_does_nothing(tmp_path):
     setup.stamp(tmp_path).write_text(setup.wanted_stamp())
     result = subprocess.run(
-        [sys.executable, ROOT / "deploy/setup.py"],
-        env={**os.environ, "SLACKWATER_VENV": str(tmp_path)},
+        [sys.executable, ROOT / "deploy/setup.py", tmp_path],
         capture_output=True,
         text=True,
         timeout=60,
