@@ -38,7 +38,7 @@ class RequestFact:
     decode_worker: str
     failovers: int
     handoff_bytes: int
-    handoff_ms: float
+    handoff_ms: float | None
     handoff_recomputed_tokens: int
     predicted_ttft_ms: float | None
     decision: list[dict[str, Any]] = field(default_factory=list)  # decision records, oldest first
