@@ -1,0 +1,139 @@
+"""Prometheus series of the serving process, and the raw ASGI answer of `/metrics`.
+
+Counters of requests, tokens and handoffs rise when a request's fact is settled, from that fact, so
+the page of metrics and the table of requests always count the same things.
+"""
+
+from collections import Counter as Tally
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from console.facts import RequestFact
+from controlplane import domain
+
+# Seconds. TTFT as vLLM's loggers.py; ITL begins lower, because a decode step takes 5-20 ms on an
+# H200; queue waits begin at 1 ms, because a 100 ms target is blind to vLLM's 0.3 s.
+TTFT_BUCKETS_S = (
+    (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
+    + (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+)  # fmt: skip
+ITL_BUCKETS_S = (
+    (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
+    + (1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+)  # fmt: skip
+QUEUE_BUCKETS_S = (
+    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+    + (10.0, 30.0, 60.0, 300.0)
+)  # fmt: skip
+HANDOFF_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+class Metrics:
+    """All series, in a registry of their own; touched on the event loop only."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        common: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter(
+            "slackwater_requests", "Requests that ended", ["slo_class", "status"], **common
+        )
+        self.placements = Counter(
+            "slackwater_placements", "Requests by placement", ["kind", "slo_class"], **common
+        )
+        self.handoff_bytes = Counter("slackwater_handoff_bytes", "KV bytes moved", **common)
+        self.handoff_recomputed_tokens = Counter(
+            "slackwater_handoff_recomputed_tokens",
+            "Prompt tokens computed again because a handoff failed",
+            **common,
+        )
+        self.failovers = Counter(
+            "slackwater_failovers", "Moves of a request off a lost worker", **common
+        )
+        self.tokens = Counter("slackwater_tokens", "Tokens by lane", ["lane", "kind"], **common)
+        self.batch_lines = Counter(
+            "slackwater_batch_lines", "Batch lines that ended", ["status"], **common
+        )
+        self.worker_frames = Counter(
+            "slackwater_worker_frames", "Frames received from workers", **common
+        )
+        self.loop_restarts = Counter(
+            "slackwater_control_loop_restarts", "Control loop restarts after an error", **common
+        )
+        self.handoff_seconds = Histogram(
+            "slackwater_handoff_seconds",
+            "Time of a KV transfer",
+            buckets=HANDOFF_BUCKETS_S,
+            **common,
+        )
+        self.ttft_seconds = Histogram(
+            "slackwater_ttft_seconds",
+            "Time to first token",
+            ["slo_class"],
+            buckets=TTFT_BUCKETS_S,
+            **common,
+        )
+        self.itl_seconds = Histogram(
+            "slackwater_itl_seconds",
+            "Time between output tokens",
+            ["slo_class"],
+            buckets=ITL_BUCKETS_S,
+            **common,
+        )
+        self.queue_wait_seconds = Histogram(
+            "slackwater_queue_wait_seconds",
+            "Wait before dispatch",
+            buckets=QUEUE_BUCKETS_S,
+            **common,
+        )
+        self.loop_lag_seconds = Histogram(
+            "slackwater_event_loop_lag_seconds",
+            "How late the event loop wakes the control loop",
+            buckets=LAG_BUCKETS_S,
+            **common,
+        )
+        self.workers = Gauge(
+            "slackwater_workers", "Workers by role and status", ["role", "status"], **common
+        )
+
+    def observe_fact(self, fact: RequestFact) -> None:
+        """Count a request that has ended."""
+        self.requests.labels(fact.class_name, fact.status).inc()
+        if fact.split:
+            self.placements.labels(fact.split, fact.class_name).inc()
+        lane = "batch" if fact.is_batch else "interactive"
+        self.tokens.labels(lane, "prompt").inc(fact.prompt_tokens)
+        self.tokens.labels(lane, "output").inc(fact.output_tokens)
+        self.handoff_bytes.inc(fact.handoff_bytes)
+        self.handoff_recomputed_tokens.inc(fact.handoff_recomputed_tokens)
+        self.failovers.inc(fact.failovers)
+        if fact.queue_ms is not None:
+            self.queue_wait_seconds.observe(fact.queue_ms / 1000)
+        if fact.is_batch:
+            self.batch_lines.labels(fact.status).inc()
+
+    def observe_ttft(self, class_name: str, ttft_s: float) -> None:
+        self.ttft_seconds.labels(class_name).observe(ttft_s)
+
+    def observe_itl(self, class_name: str, itl_s: float) -> None:
+        self.itl_seconds.labels(class_name).observe(itl_s)
+
+    def set_workers(self, workers: tuple[domain.WorkerView, ...]) -> None:
+        """Replace the worker gauge, so that a state nobody is in any more disappears."""
+        self.workers.clear()
+        for (role, status), num_workers in Tally((w.role, w.status) for w in workers).items():
+            self.workers.labels(role, status).set(num_workers)
+
+    def render(self) -> bytes:
+        """Prometheus text exposition."""
+        return generate_latest(self.registry)
+
+
+async def answer(metrics: Metrics, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    """Send `/metrics`."""
+    headers = [(b"content-type", CONTENT_TYPE_LATEST.encode()), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": metrics.render()})
