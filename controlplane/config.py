@@ -1,0 +1,87 @@
+"""Limits and weights of the control plane; each maximum has a test that stands at it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from controlplane.errors import ConfigError
+from controlplane.protocol import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlaneConfig:
+    """Settings of one ControlPlane; nobody changes them later. Seconds, tokens and counts."""
+
+    # sizes
+    workers_max: int = 4096
+    requests_max: int = 20_000  # queued and running, batch lines included
+    queue_max: int = 1_000  # waiting requests of one online class
+    tenants_max: int = 4_096  # fairness counters of tenants that wait for nothing
+    prefix_blocks_max: int = 200_000
+    prefix_holders_max: int = 8  # workers remembered for one block
+    pairs_max: int = 4_096  # measured transfer rates
+    plans_max: int = 50
+    candidates_max: int = 8  # in one decision record
+    requests_view_max: int = 500
+    # liveness (design.md section 11)
+    suspect_s_min: float = 1.5
+    dead_s_min: float = 3.0
+    hung_s_min: float = 10.0  # a step in hand while heartbeats go on
+    lost_kept_s: float = 600.0  # a lost worker may come back with its resume proof
+    stall_s: float = 1.0  # our own tick was late by more: silence is not held against workers
+    # placement
+    prefix_block_tokens: int = 16
+    handoff_tokens_min: int = 128  # uncached tokens below which a prompt is never handed off
+    transfer_setup_s: float = 0.02
+    transfer_bytes_per_s: float = 200e6  # until a pair has been measured
+    transfer_weight: float = 0.2  # of one transfer in the pair's running rate
+    handoff_gain: float = 0.9  # transfer must cost less than this share of what it saves
+    spill_share: float = 0.6  # local must be this much sooner when handoff misses its target
+    output_tokens_reserved: int = 256  # KV asked for beyond the prompt, at most
+    sequences_max: int = 256  # online sequences on one worker
+    batch_rows_max: int = 64  # batch sequences on one worker
+    batch_kv_reserve: float = 0.1  # share of a worker's blocks that batch never takes
+    hold_s_min: float = 2.0  # prompts predicted before a new one; more stays in our queue
+    moves_max: int = 5  # times that a request may lose its worker
+    avoid_s: float = 0.25  # after a rejection, doubled each time
+    avoid_s_max: float = 4.0
+    scan_max: int = 16  # queue heads tried per class and event
+    retry_every_s: float = 0.02  # between two passes over requests that found no room
+    # planner
+    plan_every_s: float = 10.0
+    plan_window_s: float = 30.0
+    plan_dwell_s: float = 30.0
+    operator_hold_s: float = 600.0  # the planner leaves a worker alone after an operator's order
+    # worker policy
+    kappa: float = 0.6
+    tau_idle_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if not value > 0:
+                raise ConfigError(f"{spec.name}={value!r}: expected a number above 0")
+        if self.dead_s_min <= self.suspect_s_min:
+            raise ConfigError(
+                f"dead_s_min={self.dead_s_min!r}: expected more than"
+                f" suspect_s_min={self.suspect_s_min!r}"
+            )
+
+    @property
+    def policy(self) -> Policy:
+        """What each worker's scheduler is told at Welcome."""
+        return Policy(self.kappa, self.tau_idle_s, self.batch_rows_max)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> "ControlPlaneConfig":
+        """Settings by name; raises ConfigError for an unknown name, wrong type or bad value."""
+        types = {spec.name: spec.type for spec in fields(cls)}
+        known: dict[str, int | float] = {}
+        for name, value in values.items():
+            if name not in types:
+                raise ConfigError(f"{name}={value!r}: unknown setting of the control plane")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or (types[name] is int and not isinstance(value, int)):
+                raise ConfigError(f"{name}={value!r}: expected {types[name]}")
+            assert isinstance(value, int | float)
+            known[name] = value
+        return cls(**known)  # type: ignore[arg-type]  # checked against the field types above

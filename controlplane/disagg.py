@@ -1,0 +1,96 @@
+"""Conditional disaggregation: does another worker compute the prompt, or the one that decodes?
+
+A prompt computed on the decode worker takes step time from the rows that decode there; computed
+elsewhere it costs the transfer of its KV. Source: algorithms.md 2d. Prefill itself costs about the
+same on either side, so it cancels.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from controlplane.config import ControlPlaneConfig
+from controlplane.domain import Candidate
+from controlplane.registry import Worker
+
+TOKENS_NEVER = 1 << 30  # a threshold no prompt reaches: the transfer costs more than it saves
+
+
+@dataclass(slots=True)
+class TransferRates:
+    """Measured seconds per byte of each (prefill worker, decode worker); bounded, oldest out."""
+
+    config: ControlPlaneConfig
+    _rates: OrderedDict[tuple[str, str], float] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self._rates)
+
+    def seconds_per_byte(self, pair: tuple[str, str]) -> float:
+        return self._rates.get(pair, 1.0 / self.config.transfer_bytes_per_s)
+
+    def observe(self, pair: tuple[str, str], num_bytes: int, seconds: float) -> None:
+        if num_bytes <= 0:
+            return
+        weight = self.config.transfer_weight
+        rate = (1.0 - weight) * self.seconds_per_byte(pair) + weight * seconds / num_bytes
+        self._rates[pair] = rate
+        self._rates.move_to_end(pair)
+        if len(self._rates) > self.config.pairs_max:
+            self._rates.popitem(last=False)
+
+    def transfer_s(self, pair: tuple[str, str], num_bytes: int) -> float:
+        return self.config.transfer_setup_s + num_bytes * self.seconds_per_byte(pair)
+
+
+def can_pair(prefill: Worker, decode: Worker, model_id: str) -> bool:
+    """Their KV is the same bytes: same model, block size and number format."""
+    return (
+        prefill.worker_id != decode.worker_id
+        and prefill.hello.handoff_address is not None
+        and prefill.hello.block_tokens == decode.hello.block_tokens
+        and prefill.hello.device.dtype == decode.hello.device.dtype
+        and prefill.model(model_id).weights_sha256 == decode.model(model_id).weights_sha256
+        and prefill.model(model_id).kv_bytes_per_token == decode.model(model_id).kv_bytes_per_token
+    )
+
+
+def threshold_tokens(
+    decode: Worker,
+    rows_stalled: int,
+    transfer_per_token_s: float,
+    config: ControlPlaneConfig,
+) -> int:
+    """Uncached tokens from which handing off is worth its transfer, at least the floor.
+
+    A local prompt of u tokens stalls `rows_stalled` decode rows (one that is expected, when there
+    is none now) for u·g seconds; handing off costs setup + u·transfer.
+    """
+    saved_s = config.handoff_gain * decode.step_model.per_token_s * max(1, rows_stalled)
+    saved_s -= transfer_per_token_s
+    if saved_s <= 0.0:
+        return TOKENS_NEVER
+    tokens = config.transfer_setup_s / saved_s
+    return max(config.handoff_tokens_min, min(TOKENS_NEVER, int(tokens) + 1))
+
+
+def choose(
+    uncached_tokens: int,
+    threshold: int,
+    local: Candidate,
+    remote: Candidate,
+    ttft_s_left: float,
+    config: ControlPlaneConfig,
+) -> tuple[bool, str]:
+    """Whether to hand off, and the sentence that says why."""
+    if uncached_tokens < threshold:
+        return False, (
+            f"{uncached_tokens} uncached tokens are below the handoff threshold of {threshold}"
+            if threshold < TOKENS_NEVER
+            else f"a transfer from {remote.worker_id} costs more than it saves"
+        )
+    times = f"TTFT {remote.ttft_s:.2f} s by {remote.worker_id}, {local.ttft_s:.2f} s locally"
+    if remote.ttft_s > ttft_s_left and local.ttft_s < config.spill_share * remote.ttft_s:
+        return False, (
+            f"{uncached_tokens} uncached tokens stay local: {times}, target {ttft_s_left:.2f} s"
+        )
+    return True, f"{uncached_tokens} uncached tokens reach the threshold of {threshold}: {times}"

@@ -1,0 +1,70 @@
+"""A request while the plane knows it: where it is, which epoch counts, how often it has moved."""
+
+from dataclasses import dataclass, field
+
+from controlplane.config import ControlPlaneConfig
+from controlplane.domain import GenerateRequest, Phase, Placement
+
+
+@dataclass(slots=True)
+class Tracked:
+    """The plane's only mutable record of a request; it leaves with its terminal state.
+
+    `epoch` is that of the last dispatch; only its reports count. An orphaned request keeps epoch
+    and placement, so a worker that comes back with the same sequence can go on with it.
+    """
+
+    request: GenerateRequest
+    phase: Phase
+    phase_at_s: float
+    epoch: int = 0
+    placement: Placement | None = None
+    num_moves: int = 0
+    num_refusals: int = 0
+    avoid_until_s: dict[str, float] = field(default_factory=dict)
+    lost_worker: str = ""  # whose loss the next dispatch answers
+    move_reason: str = ""
+    recompute_s: float | None = None  # seconds a failed handoff took, until it is counted
+    handoff_ready_at_s: float | None = None
+    resumable_on: str = ""  # the lost worker that may come back with the sequence
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def enter_phase(self, phase: Phase, now_s: float) -> None:
+        self.phase, self.phase_at_s = phase, now_s
+
+    @property
+    def is_split_open(self) -> bool:
+        """Handed off, and the decode worker does not hold the KV yet."""
+        return (
+            self.placement is not None
+            and self.placement.split == "handoff"
+            and self.phase in ("prefill", "transfer")
+        )
+
+    def workers(self) -> tuple[str, ...]:
+        """Workers that hold the current epoch: one, or the two of a handoff that is not done."""
+        if self.placement is None or self.phase in ("queued", "orphaned"):
+            return ()
+        if self.is_split_open:
+            return (self.placement.prefill_worker, self.placement.decode_worker)
+        return (self.placement.decode_worker,)
+
+    def refused_by(
+        self,
+        worker_id: str,
+        is_final: bool,
+        now_s: float,
+        config: ControlPlaneConfig,
+    ) -> None:
+        """Do not ask this worker again for a while, or ever when no room would help."""
+        wait_s = min(config.avoid_s * 2.0**self.num_refusals, config.avoid_s_max)
+        self.num_refusals += 1
+        self.avoid_until_s[worker_id] = float("inf") if is_final else now_s + wait_s
+
+    def avoided(self, now_s: float) -> frozenset[str]:
+        return frozenset(
+            worker_id for worker_id, until_s in self.avoid_until_s.items() if until_s > now_s
+        )

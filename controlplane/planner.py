@@ -1,0 +1,147 @@
+"""Workers per role: every few seconds, does one worker change sides?
+
+Demand is measured: seconds of prefill per second that prompts long enough for a handoff asked for,
+and the share of time that decode workers were busy with online rows. One worker moves at a time,
+after evidence in a whole window, so that noise in a steady mix moves none. Simplest rule that keeps
+the tests of algorithms.md 2e: constant load gives no flips, a step load moves within a window.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from controlplane.config import ControlPlaneConfig
+from controlplane.protocol import Role
+from controlplane.registry import Worker
+
+PREFILL_BUSY = 0.85  # plan with a prefill pool no busier than this (algorithms.md 2e)
+PREFILL_SPARE = 0.5  # the pool must stay below this with one worker less
+PREFILL_NONE = 0.05  # seconds of prefill per second that do not earn a worker of their own
+LONG_RARE = 0.05  # share of prompts that may be long when a prefill worker is taken away
+PREFILL_START = 0.1  # demand that earns the first prefill worker
+LONG_COMMON = 0.2  # share of long prompts that earns it on a device too fast for a demand
+DECODE_BUSY = 0.7
+REQUESTS_MIN = 5  # online requests in the window, else there is no mix to speak of
+LONG_MIN = 3  # long prompts in the window before one makes room for them
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    worker: Worker
+    role: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    at_s: float
+    prefill_s: float  # of a prompt that handing off would serve, else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """One window: demand and busy in seconds per second, workers by side, requests."""
+
+    demand: float
+    busy: float
+    num_prefill: int
+    num_decode: int
+    num_requests: int
+    num_long: int
+
+    @property
+    def can_spare_prefill(self) -> bool:
+        """Prefill workers have next to nothing to do, or decode needs one more than they do."""
+        if self.num_prefill == 0 or self.num_requests < REQUESTS_MIN:
+            return False
+        if self.num_decode == 0:
+            return True
+        is_idle = self.demand / self.num_prefill < PREFILL_NONE
+        if is_idle and self.num_long <= LONG_RARE * self.num_requests:
+            return True
+        if self.num_prefill == 1:
+            return False
+        is_spare = self.demand / (self.num_prefill - 1) < PREFILL_SPARE
+        return is_spare and self.busy / self.num_decode > DECODE_BUSY
+
+    @property
+    def is_short_of_prefill(self) -> bool:
+        """Long prompts ask for more than prefill workers give, and decode can spare one."""
+        if self.num_decode < 2 or self.num_long < LONG_MIN:
+            return False
+        if self.num_prefill == 0:
+            is_common = self.num_long >= LONG_COMMON * self.num_requests
+            return is_common or self.demand > PREFILL_START
+        is_over = self.demand / self.num_prefill > PREFILL_BUSY
+        return is_over and self.busy / (self.num_decode - 1) < DECODE_BUSY
+
+
+@dataclass(slots=True)
+class Planner:
+    config: ControlPlaneConfig
+    _arrivals: deque[_Arrival] = field(default_factory=lambda: deque(maxlen=10_000))
+    _busy_s: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=10_000))
+    _planned_at_s: float = 0.0
+    _started_at_s: float | None = None
+
+    def observe_request(self, now_s: float, prefill_s: float, is_long: bool) -> None:
+        """An online request started for the first time."""
+        self._arrivals.append(_Arrival(now_s, prefill_s if is_long else 0.0))
+
+    def observe_decode(self, now_s: float, online_s: float) -> None:
+        """A worker that decodes spent `online_s` on online rows since its last report."""
+        if online_s > 0.0:
+            self._busy_s.append((now_s, online_s))
+
+    def plan(self, now_s: float, workers: Sequence[Worker]) -> Flip | None:
+        """At most one role change; call at each tick."""
+        if self._started_at_s is None:
+            self._started_at_s = self._planned_at_s = now_s
+        if now_s - self._planned_at_s < self.config.plan_every_s:
+            return None
+        self._planned_at_s = now_s
+        window_s = self.config.plan_window_s
+        while self._arrivals and self._arrivals[0].at_s <= now_s - window_s:
+            self._arrivals.popleft()
+        while self._busy_s and self._busy_s[0][0] <= now_s - window_s:
+            self._busy_s.popleft()
+        live = [worker for worker in workers if worker.status == "live"]
+        if len(live) < 2 or now_s - self._started_at_s < window_s:
+            return None
+        return self._flip(now_s, live)
+
+    def _flip(self, now_s: float, live: Sequence[Worker]) -> Flip | None:
+        window_s = self.config.plan_window_s
+        prefillers = [worker for worker in live if worker.role == "prefill"]
+        decoders = [worker for worker in live if worker.role != "prefill"]
+        num_long = sum(1 for arrival in self._arrivals if arrival.prefill_s > 0.0)
+        demand = sum(arrival.prefill_s for arrival in self._arrivals) / window_s
+        busy = sum(seconds for _, seconds in self._busy_s) / window_s
+        facts = (
+            f"in {window_s:.0f} s {num_long} of {len(self._arrivals)} prompts were long, asking for"
+            f" {demand:.2f} s/s of prefill from {len(prefillers)} prefill workers;"
+            f" {len(decoders)} others were busy {busy:.2f} s/s"
+        )
+        load = _Load(demand, busy, len(prefillers), len(decoders), len(self._arrivals), num_long)
+        if load.can_spare_prefill:
+            if worker := self._mover(now_s, prefillers):
+                return Flip(worker, "decode", f"{facts}: {worker.worker_id} decodes from now on")
+        elif load.is_short_of_prefill:
+            ready = [worker for worker in decoders if worker.hello.handoff_address is not None]
+            if worker := self._mover(now_s, ready):
+                return Flip(worker, "prefill", f"{facts}: {worker.worker_id} prefills from now on")
+        return None
+
+    def _mover(self, now_s: float, workers: Sequence[Worker]) -> Worker | None:
+        """The least used worker that may move: it dwelt long enough and no operator fixed it."""
+        free = [
+            worker
+            for worker in workers
+            if now_s - worker.role_since_s >= self.config.plan_dwell_s
+            and now_s >= worker.held_until_s
+        ]
+        return min(
+            free,
+            key=lambda worker: (len(worker.reservations), len(worker.worker_id), worker.worker_id),
+            default=None,
+        )

@@ -1,0 +1,288 @@
+"""Workers: who is a member, when it was last heard, what it was given and what it reported.
+
+A worker's epoch is raised at each (re)connection; messages of an older epoch count for nothing.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from controlplane import domain, protocol
+from controlplane.config import ControlPlaneConfig
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What one dispatched request takes of a worker until it leaves.
+
+    Prefill tokens and blocks count on top of the worker's own report only until a report came
+    after its `Accepted`, so that concurrent decisions do not use the same room twice."""
+
+    request_id: str
+    stage: protocol.Stage
+    is_batch: bool
+    prefill_tokens: int
+    blocks: int
+    context_tokens: int
+    is_accepted: bool = False
+    is_reported: bool = False
+
+
+@dataclass(slots=True)
+class Worker:
+    """The plane's only mutable record of a worker."""
+
+    worker_id: str
+    epoch: int
+    nonce: int  # part of its resume secret
+    hello: protocol.Hello
+    role: protocol.Role
+    connection_id: str
+    heard_at_s: float
+    role_since_s: float
+    status: domain.WorkerStatus = "live"
+    busy_s: float = 0.0  # age of the step in hand when last heard
+    load: protocol.WorkerLoad | None = None
+    held_until_s: float = 0.0  # the planner leaves it alone until then
+    is_drain_ordered: bool = False
+    reservations: dict[str, Reservation] = field(default_factory=dict)
+    unreported: dict[str, Reservation] = field(default_factory=dict)
+    num_online: int = 0
+    num_online_decoding: int = 0  # of them, those that decode here, or will
+    num_batch: int = 0
+    online_context_tokens: int = 0  # prompts of the online sequences that decode here
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Debit at dispatch."""
+        assert reservation.request_id not in self.reservations, reservation
+        self.reservations[reservation.request_id] = reservation
+        if not reservation.is_reported:
+            self.unreported[reservation.request_id] = reservation
+        self._count(reservation, 1)
+
+    def release(self, request_id: str) -> bool:
+        """Credit when the request leaves; False when it held nothing here."""
+        reservation = self.reservations.pop(request_id, None)
+        self.unreported.pop(request_id, None)
+        if reservation is None:
+            return False
+        self._count(reservation, -1)
+        return True
+
+    def _count(self, reservation: Reservation, sign: int) -> None:
+        if reservation.is_batch:
+            self.num_batch += sign
+        else:
+            self.num_online += sign
+            if reservation.stage != "prefill":
+                self.num_online_decoding += sign
+                self.online_context_tokens += sign * reservation.context_tokens
+
+    def accepted(self, request_id: str) -> None:
+        """The worker has queued it: its next report includes it."""
+        if reservation := self.reservations.get(request_id):
+            reservation.is_accepted = True
+
+    def report(self, load: protocol.WorkerLoad) -> None:
+        """Take the worker's own numbers; what it had accepted before is part of them."""
+        self.load = load
+        for request_id in [key for key, held in self.unreported.items() if held.is_accepted]:
+            self.unreported.pop(request_id).is_reported = True
+
+    def has_model(self, model_id: str) -> bool:
+        return any(model.model_id == model_id for model in self.hello.models)
+
+    def model(self, model_id: str) -> protocol.ModelFacts:
+        return next(model for model in self.hello.models if model.model_id == model_id)
+
+    @property
+    def step_model(self) -> protocol.StepModel:
+        return self.load.step_model if self.load else self.hello.step_model
+
+    @property
+    def prefill_tokens_ahead(self) -> int:
+        """Online prompt tokens it has still to compute, reported or given since."""
+        reported = self.load.prefill_tokens_waiting if self.load else 0
+        return reported + sum(
+            held.prefill_tokens for held in self.unreported.values() if not held.is_batch
+        )
+
+    def blocks_free(self, is_batch: bool) -> int:
+        """KV blocks that a new sequence may get; batch rows give way to online ones."""
+        free = self.hello.num_blocks
+        if self.load:
+            free = self.load.kv_blocks_free + self.load.kv_blocks_cached
+            free += 0 if is_batch else self.load.kv_blocks_held_batch
+        return free - sum(
+            held.blocks for held in self.unreported.values() if is_batch or not held.is_batch
+        )
+
+    def _predicted_s(self) -> float:
+        return max(self.load.predicted_s, self.load.measured_s) if self.load else 0.0
+
+    def is_suspect(self, now_s: float, config: ControlPlaneConfig) -> bool:
+        """Silent, or in one step, for longer than it should be: it gets no new work."""
+        limit_s = max(config.suspect_s_min, 2.0 * self._predicted_s())
+        return max(now_s - self.heard_at_s, self.busy_s) > limit_s
+
+    def dead_reason(self, now_s: float, config: ControlPlaneConfig) -> str:
+        """Why it counts as dead, else an empty string."""
+        predicted_s = self._predicted_s()
+        silent_s = now_s - self.heard_at_s
+        if silent_s > max(config.dead_s_min, 4.0 * predicted_s):
+            return f"silent for {silent_s:.1f} s"
+        if self.busy_s > max(config.hung_s_min, 4.0 * predicted_s):
+            return f"one step has run for {self.busy_s:.1f} s"
+        return ""
+
+    def is_accepting(self, now_s: float, config: ControlPlaneConfig) -> bool:
+        return self.status == "live" and not self.is_suspect(now_s, config)
+
+    def check_integrity(self) -> None:
+        """Sums equal the reservations they stand for."""
+        held = list(self.reservations.values())
+        online = [item for item in held if not item.is_batch]
+        assert self.num_online == len(online), (self.worker_id, self.num_online, len(online))
+        assert self.num_batch == len(held) - len(online), (self.worker_id, self.num_batch)
+        decoding = [item for item in online if item.stage != "prefill"]
+        assert self.num_online_decoding == len(decoding), (self.worker_id, len(decoding))
+        context = sum(item.context_tokens for item in decoding)
+        assert self.online_context_tokens == context, (self.worker_id, context)
+        unreported = {item.request_id for item in held if not item.is_reported}
+        assert set(self.unreported) == unreported, (self.worker_id, unreported)
+
+
+class Registry:
+    """All workers by id, in joining order."""
+
+    def __init__(self, config: ControlPlaneConfig, secret: bytes) -> None:
+        self._config = config
+        self._secret = secret
+        self._num_joined = 0
+        self.workers: dict[str, Worker] = {}
+
+    def welcome(self, worker: Worker) -> protocol.Welcome:
+        return protocol.Welcome(
+            worker.worker_id,
+            worker.epoch,
+            self._resume_secret(worker.worker_id, worker.nonce),
+            protocol.CREDIT_FRAMES,
+            self._config.policy,
+        )
+
+    def capability(self, request_id: str, epoch: int, prefill: str, decode: str) -> str:
+        """What the decode worker shows to the prefill worker, good for one transfer."""
+        return self._sign(f"handoff|{request_id}|{epoch}|{prefill}|{decode}")
+
+    def _resume_secret(self, worker_id: str, nonce: int) -> str:
+        return self._sign(f"resume|{worker_id}|{nonce}")
+
+    def _sign(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+    def join(
+        self, event: domain.WorkerHello, now_s: float, uniform: Callable[[], float]
+    ) -> Worker | protocol.Refused:
+        """A new member, a member that is back (same id, epoch + 1), or why not."""
+        hello = event.hello
+        if refused := self._refused(hello):
+            return refused
+        role = hello.role if hello.handoff_address else "mixed"
+        if hello.resume is not None:
+            worker = self.workers[hello.resume.worker_id]
+            worker.epoch += 1
+            worker.hello = hello
+            worker.connection_id = event.connection_id
+            worker.heard_at_s, worker.busy_s, worker.load = now_s, 0.0, None
+            worker.status = "draining" if worker.is_drain_ordered else "live"
+            if hello.handoff_address is None:
+                worker.role = "mixed"
+            return worker
+        self._num_joined += 1
+        worker = Worker(
+            worker_id=f"w{self._num_joined}",
+            epoch=1,
+            nonce=int(uniform() * (1 << 53)),
+            hello=hello,
+            role=role,
+            connection_id=event.connection_id,
+            heard_at_s=now_s,
+            role_since_s=now_s,
+        )
+        self.workers[worker.worker_id] = worker
+        return worker
+
+    def _refused(self, hello: protocol.Hello) -> protocol.Refused | None:
+        if protocol.VERSION not in hello.versions:
+            return protocol.Refused(
+                f"worker speaks protocol {hello.versions}, this console {protocol.VERSION}"
+            )
+        if (hello.token is None) == (hello.resume is None):
+            return protocol.Refused("send a join token or a resume proof, one of them")
+        if not hello.models or hello.block_tokens < 1 or hello.num_blocks < 1:
+            return protocol.Refused(
+                f"{len(hello.models)} models, {hello.num_blocks} blocks of"
+                f" {hello.block_tokens} tokens: nothing to serve"
+            )
+        if hello.step_model.base_s <= 0 or hello.step_model.per_token_s < 0:
+            return protocol.Refused(f"step model {hello.step_model} predicts no time")
+        own_id = ""
+        if hello.resume is not None:
+            own_id = hello.resume.worker_id
+            worker = self.workers.get(own_id)
+            if worker is None:
+                return protocol.Refused(f"worker {own_id} is not known any more, join again")
+            expected = self._resume_secret(own_id, worker.nonce)
+            if not hmac.compare_digest(expected.encode(), hello.resume.secret.encode()):
+                return protocol.Refused(f"wrong resume secret for worker {own_id}")
+        elif len(self.workers) >= self._config.workers_max:
+            return protocol.Refused(f"{len(self.workers)} workers joined already", permanent=False)
+        return self._refused_weights(hello, own_id)
+
+    def _refused_weights(self, hello: protocol.Hello, own_id: str) -> protocol.Refused | None:
+        """Other weights under a served name would change a text that moves between workers."""
+        for worker in self.workers.values():
+            if worker.worker_id == own_id or worker.status == "lost":
+                continue
+            for model in hello.models:
+                for other in worker.hello.models:
+                    if (
+                        other.model_id == model.model_id
+                        and other.weights_sha256 != model.weights_sha256
+                    ):
+                        return protocol.Refused(
+                            f"{model.model_id} has weights {model.weights_sha256[:12]}, worker"
+                            f" {worker.worker_id} serves {other.weights_sha256[:12]}"
+                        )
+        return None
+
+    def current(self, worker_id: str, epoch: int) -> Worker | None:
+        """The worker when this incarnation is still its member."""
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.epoch != epoch or worker.status == "lost":
+            return None
+        return worker
+
+    def dead(self, now_s: float) -> list[tuple[Worker, str]]:
+        """Members that have been silent or stuck for too long, with the reason."""
+        found = []
+        for worker in self.workers.values():
+            if worker.status != "lost" and (reason := worker.dead_reason(now_s, self._config)):
+                found.append((worker, reason))
+        return found
+
+    def forget_lost(self, now_s: float) -> None:
+        """Drop workers that did not come back."""
+        gone = [
+            worker.worker_id
+            for worker in self.workers.values()
+            if worker.status == "lost" and now_s - worker.heard_at_s > self._config.lost_kept_s
+        ]
+        for worker_id in gone:
+            del self.workers[worker_id]
+
+    def forgive(self, gap_s: float) -> None:
+        """Our own loop stood still for `gap_s`: nobody could be heard in that time."""
+        for worker in self.workers.values():
+            worker.heard_at_s += gap_s
