@@ -1,13 +1,9 @@
-"""Batch files: reading a submitted file line by line, and writing results so that a crash leaves
-either the whole file or none.
+"""Submitted batch files: every line is checked before the first is stored.
 
 Lines have OpenAI's batch format. Limits: reliability.md §4 and OpenAI's own (50,000 lines, 200 MB).
 """
 
-import json
-import os
 import secrets
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from django.conf import settings
 from django.db import transaction
 
 from console.apierrors import ApiError
+from console.batchresults import stored_path, write_whole
 from console.caps import load_json, quote
 from console.models import Batch, BatchLine, File, Tenant
 
@@ -226,98 +222,3 @@ def _check_against(line: Line, number: int, seen: set[str], first: Line | None) 
         message = f"model differs from the first line's {first.model_id}"
         return LineError("mismatched_model", message, number)
     return line
-
-
-def stored_path(tenant_id: str, file_id: str) -> Path:
-    """Where a file of a tenant lies; both names are made or checked by the server."""
-    return Path(settings.SLACKWATER_VAR) / "files" / tenant_id / f"{file_id}.jsonl"
-
-
-def write_whole(path: Path, chunks: Iterable[bytes]) -> int:
-    """Write a file (mode 0600) under another name, fsync, rename; gives its bytes.
-
-    After a crash `path` is complete or absent, and a leftover has a name nobody looks for."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    num_bytes = 0
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                num_bytes += file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return num_bytes
-
-
-def assemble(batch: Batch, now: datetime) -> bool:
-    """Write output and error file of a batch whose lines have all ended, and end the batch.
-
-    Safe to run twice and in two processes: names come from the batch id, content from the rows.
-    False when lines are left or the batch has ended already."""
-    if batch.lines.filter(status__in=("pending", "claimed")).exists():
-        return False
-    counts = batch.counts()
-    output = _result_file(batch, "output", ("completed",), now)
-    errors = _result_file(batch, "errors", ("failed", "cancelled", "expired"), now)
-    if batch.status == "cancelling":
-        after = "cancelled"
-    elif counts["expired"]:
-        after = "expired"
-    else:
-        after = "completed"
-    return Batch.move(
-        batch.pk,
-        ("in_progress", "finalizing", "cancelling"),
-        after,
-        output_file=output,
-        error_file=errors,
-        ended_at=now,
-    )
-
-
-def _result_file(batch: Batch, kind: str, statuses: tuple[str, ...], now: datetime) -> File | None:
-    """The file of those lines, or None when there is no such line."""
-    lines = batch.lines.filter(status__in=statuses).order_by("line_index")
-    if not lines.exists():
-        return None
-    file_id = f"file-{batch.batch_id.removeprefix('batch_')}-{kind}"
-    path = stored_path(batch.tenant.slug, file_id)
-    num_bytes = write_whole(path, (result_line(line) for line in lines.iterator(INSERT_ROWS)))
-    file, _ = File.objects.get_or_create(
-        file_id=file_id,
-        defaults={
-            "tenant": batch.tenant,
-            "filename": f"{batch.batch_id}_{kind}.jsonl",
-            "purpose": "batch_output",
-            "path": str(path),
-            "num_bytes": num_bytes,
-            "created_at": now,
-        },
-    )
-    return file
-
-
-_UNFINISHED = {
-    "expired": {"code": "batch_expired", "message": "The batch's window ended before this line."},
-    "cancelled": {"code": "batch_cancelled", "message": "The batch was cancelled."},
-}
-
-
-def result_line(line: BatchLine) -> bytes:
-    """A line of an output or error file, in OpenAI's shape."""
-    row = {
-        "id": f"batch_req_{line.pk}",
-        "custom_id": line.custom_id,
-        "response": line.response,
-        "error": _UNFINISHED.get(line.status, line.error),
-    }
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -136,11 +136,13 @@ class FactWriter:
             with transaction.atomic():
                 num_refused = self._write(facts)
                 for call in calls:
-                    outcomes.append((call, *_outcome(call.function)))
+                    if call.done.set_running_or_notify_cancel():  # else nobody waits any more
+                        outcomes.append((call, *_outcome(call.function)))
         except DatabaseError as error:
             self._put_back(facts)
             for call in calls:
-                call.done.set_exception(error)
+                if not call.done.cancelled():
+                    call.done.set_exception(error)
             logger.error("commit failed facts=%d calls=%d: %s", len(facts), len(calls), error)
             connections.close_all()  # the next commit connects anew
             if not self._is_stopping:

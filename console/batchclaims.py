@@ -1,0 +1,136 @@
+"""Which lines run next: claims, leases, expiry and cancellation as conditional updates on rows.
+
+Everything here runs in the writer's transaction and is safe when several processes do it at once.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db.models import Exists, OuterRef
+
+from console.incarnation import is_dead
+from console.models import Batch, BatchLine
+
+LEASE = timedelta(seconds=60)  # a holder that is silent this long loses its lines
+ATTEMPTS_MAX = 3  # a line that made its run fail this often has failed
+
+OPEN = ("in_progress", "finalizing", "cancelling")
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedLine:
+    """A line that this incarnation shall run."""
+
+    line_pk: int
+    batch_pk: int
+    batch_id: str
+    tenant_id: str
+    custom_id: str
+    model_id: str
+    url: str
+    body: dict[str, Any]
+    attempts: int  # this one included
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one look at the tables found."""
+
+    claimed: tuple[ClaimedLine, ...]
+    cancelling: frozenset[int]  # batches whose lines in hand shall stop
+    ended: tuple[int, ...]  # batches without a line left to run
+
+
+def take_round(
+    incarnation: str,
+    in_flight: Mapping[str, int],
+    paused_models: Collection[str],
+    lines_max: int,
+    now: datetime,
+) -> Round:
+    """End what is cancelled or too late, then claim lines up to `lines_max` in flight per model,
+    earliest deadline first."""
+    _end_pending(Batch.objects.filter(status="cancelling"), "cancelled", now)
+    _end_pending(Batch.objects.filter(status="in_progress", expires_at__lte=now), "expired", now)
+    running = Batch.objects.filter(status="in_progress")
+    claimed: list[ClaimedLine] = []
+    for model_id in running.order_by("model_id").values_list("model_id", flat=True).distinct():
+        room = lines_max - in_flight.get(model_id, 0)
+        if room > 0 and model_id not in paused_models:
+            claimed += _claim(model_id, room, incarnation, now)
+    is_left = BatchLine.objects.filter(batch=OuterRef("pk"), status__in=("pending", "claimed"))
+    open_batches = Batch.objects.filter(status__in=OPEN)
+    return Round(
+        claimed=tuple(claimed),
+        cancelling=frozenset(
+            Batch.objects.filter(status="cancelling").values_list("pk", flat=True)
+        ),
+        ended=tuple(open_batches.filter(~Exists(is_left)).values_list("pk", flat=True)),
+    )
+
+
+def _end_pending(batches: Any, status: str, now: datetime) -> None:
+    BatchLine.objects.filter(batch__in=batches, status="pending").update(
+        status=status, ended_at=now
+    )
+
+
+def _claim(model_id: str, room: int, incarnation: str, now: datetime) -> list[ClaimedLine]:
+    lines = (
+        BatchLine.objects.filter(status="pending", model_id=model_id, batch__status="in_progress")
+        .select_related("batch__tenant")
+        .order_by("batch__expires_at", "pk")[:room]
+    )
+    return [
+        ClaimedLine(
+            line_pk=line.pk,
+            batch_pk=line.batch_id,
+            batch_id=line.batch.batch_id,
+            tenant_id=line.batch.tenant.slug,
+            custom_id=line.custom_id,
+            model_id=line.model_id,
+            url=line.batch.endpoint,
+            body=line.body,
+            attempts=line.attempts + 1,
+        )
+        for line in lines
+        if BatchLine.claim(line.pk, incarnation, now + LEASE)
+    ]
+
+
+def renew(incarnation: str, now: datetime) -> int:
+    """Extend the lease of every line this incarnation holds."""
+    held = BatchLine.objects.filter(status="claimed", claimed_by=incarnation)
+    return held.update(claimed_until=now + LEASE)
+
+
+def release(line_pk: int, incarnation: str, attempts: int) -> bool:
+    """Put a line back; `attempts` counts only runs that failed by the line's own doing."""
+    return (
+        BatchLine.objects.filter(pk=line_pk, status="claimed", claimed_by=incarnation).update(
+            status="pending", claimed_by="", claimed_until=None, attempts=attempts
+        )
+        == 1
+    )
+
+
+def release_dead(incarnation: str, now: datetime) -> int:
+    """Put back the lines of runs that are over, or whose lease has lapsed; gives how many."""
+    claimed = BatchLine.objects.filter(status="claimed").exclude(claimed_by=incarnation)
+    holders = claimed.order_by("claimed_by").values_list("claimed_by", flat=True).distinct()
+    dead = [holder for holder in holders if is_dead(holder)]
+    free = {"status": "pending", "claimed_by": "", "claimed_until": None}
+    released = claimed.filter(claimed_by__in=dead).update(**free)
+    return released + claimed.filter(claimed_until__lte=now).update(**free)
+
+
+def cancel(batch_id: str, now: datetime) -> bool:
+    """Ask for the end of a batch; lines in hand stop, the others never start. False: it has ended
+    or does not exist."""
+    batch = Batch.objects.filter(batch_id=batch_id).first()
+    if batch is None or not Batch.move(batch.pk, ("in_progress",), "cancelling"):
+        return False
+    _end_pending(Batch.objects.filter(pk=batch.pk), "cancelled", now)
+    return True
