@@ -13,7 +13,7 @@ import math
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 import msgspec
@@ -31,7 +31,7 @@ from controlplane import domain, protocol
 HASH_BLOCK_TOKENS = 16  # of the router's prefix index; workers' blocks are multiples of it
 EVENTS_SLACK = 64  # decisions that may wait beside one event per output token
 MERGE_TOKENS_MAX = 4  # ids in one delta when the reader is behind
-RECORDS_MAX = 16  # decision records kept of one request: the first and the latest
+DECISIONS_MAX = 16  # decision records stored of one request: the first and the latest
 CANDIDATES_MAX = 16  # candidates stored of one record
 
 
@@ -47,8 +47,8 @@ class Tokens:
 class LiveRequest:
     """A running request: what the fleet needs to dispatch it, and where its events go.
 
-    The fleet writes everything below `events`; the gateway reads it when it settles. Not shared
-    with any other thread."""
+    The fleet writes everything below `events`, the gateway reads it when it settles; both live on
+    the event loop."""
 
     request: domain.GenerateRequest
     prompt_ids: list[int]
@@ -59,42 +59,16 @@ class LiveRequest:
     events: "asyncio.Queue[Tokens | domain.Decided]"
     epoch: int = 0
     placement: domain.Placement | None = None
-    records: list[domain.DecisionRecord] = field(default_factory=list)
-    placed_at_s: float | None = None
+    decisions: list[domain.DecisionRecord] = field(default_factory=list)
     cached_tokens: int = 0
     failovers: int = 0
     handoff_bytes: int = 0
-    handoff_s: float = 0.0
+    handoff_ms: float = 0.0
     handoff_recomputed_tokens: int = 0
-    is_finish_sent: bool = False
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
-
-    def decide(self, decided: domain.Decided, now_s: float) -> None:
-        """The plane decided something about this request: note it and tell the gateway."""
-        if len(self.records) >= RECORDS_MAX:
-            del self.records[1]
-        self.records.append(decided.record)
-        if isinstance(decided.outcome, domain.Placed):
-            self.epoch = decided.outcome.epoch
-            self.placement = decided.outcome.placement
-            self.placed_at_s = self.placed_at_s or now_s
-        self.events.put_nowait(decided)
-
-    def deliver(self, report: protocol.SequenceReport, now_s: float) -> int:
-        """Put what a report adds into the journal, then hand it to the gateway; gives its size."""
-        fresh = self.journal.accept(
-            report.epoch, report.seq, report.token_ids, now_s, report.finish_reason
-        )
-        if report.epoch >= self.epoch:
-            self.cached_tokens = max(self.cached_tokens, report.cached_tokens)
-        reason = self.journal.finish_reason
-        if fresh or (reason is not None and not self.is_finish_sent):
-            self.is_finish_sent = reason is not None
-            self.events.put_nowait(Tokens(fresh, reason))
-        return len(fresh)
 
 
 class RequestFleet(Protocol):
@@ -109,10 +83,10 @@ class RequestFleet(Protocol):
     def first_token(self, live: LiveRequest, ttft_s: float) -> None: ...
 
     def cancel(self, live: LiveRequest) -> None:
-        """Stop the sequence on its workers; `finished` follows at once."""
+        """Forget a request whose sequence may still run, and stop that."""
 
     def finished(self, live: LiveRequest, status: str) -> None:
-        """Exactly once for each submit: forget the request (completed, cancelled or failed)."""
+        """Forget a request that no worker runs any more. Each submit ends with this or `cancel`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +105,12 @@ class GenerateSpec:
     is_seeded: bool
     stop: tuple[str, ...]
     stream: bool
-    is_batch: bool = False
     request_id: str = ""  # empty: the gateway makes one
     arrived_at_s: float | None = None  # on the fleet's clock; None: now
+
+    @property
+    def is_batch(self) -> bool:
+        return self.slo.is_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +157,7 @@ class _Progress:
     arrived_at_s: float
     arrived_at: datetime
     first_at_s: float | None = None
+    placed_at_s: float | None = None
     last_at_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)  # at most output_tokens_max
     output_tokens: int = 0
@@ -220,24 +198,35 @@ class Gateway:
         self._fleet.submit(live)
         try:
             while True:
-                token_ids, reason, rejected = await _next_events(live.events)
-                if token_ids or reason in ("stop", "length"):
-                    piece = text.feed(token_ids, is_last=reason in ("stop", "length"))
-                    delta = self._delta(spec, live, progress, piece, token_ids, reason)
-                    if delta.finish_reason is not None:
-                        if reason is None:
-                            self._fleet.cancel(live)  # a stop string: the worker does not know it
+                token_ids, reason, rejected = await self._next(live, progress)
+                is_end = reason in ("stop", "length")
+                if token_ids or is_end:
+                    piece = text.feed(token_ids, is_last=is_end)
+                    kept = token_ids[: piece.num_ids]
+                    seq = progress.output_tokens
+                    if kept:
+                        self._observe(spec, live, progress, len(kept))
+                    if piece.is_stopped or is_end:
+                        finish_reason = "stop" if piece.is_stopped else reason
+                        usage = Usage(
+                            len(spec.prompt_ids), progress.output_tokens, live.cached_tokens
+                        )
                         is_settled = True
-                        self._settle(spec, live, progress, "completed", delta.finish_reason, "")
-                        yield delta
+                        if is_end:
+                            self._fleet.finished(live, "completed")
+                        else:
+                            self._fleet.cancel(live)  # the worker knows nothing of stop strings
+                        self._settle(spec, live, progress, "completed", finish_reason)
+                        yield Delta(piece.text, seq, kept, finish_reason, usage)
                         return
-                    yield delta
+                    yield Delta(piece.text, seq, kept)
                 if reason is not None:
                     rejected = domain.Rejected(
                         "worker_error", f"The worker ended this request: {reason}.", None
                     )
                 if rejected is not None:
                     is_settled = True
+                    self._fleet.finished(live, "failed")
                     status = _status_of(rejected, progress)
                     self._settle(spec, live, progress, status, "", rejected.code)
                     yield Refusal(rejected)
@@ -245,7 +234,26 @@ class Gateway:
         finally:
             if not is_settled:
                 self._fleet.cancel(live)
-                self._settle(spec, live, progress, "cancelled", "", "")
+                self._settle(spec, live, progress, "cancelled")
+
+    async def _next(
+        self, live: LiveRequest, progress: _Progress
+    ) -> tuple[list[int], str | None, domain.Rejected | None]:
+        """Wait for one event and take what else is there: (ids, finish reason, rejection)."""
+        token_ids: list[int] = []
+        event = await live.events.get()
+        while True:
+            if isinstance(event, Tokens):
+                token_ids += event.token_ids
+                if event.finish_reason is not None:
+                    return token_ids, event.finish_reason, None
+            elif isinstance(event.outcome, domain.Rejected):
+                return token_ids, None, event.outcome
+            elif isinstance(event.outcome, domain.Placed) and progress.placed_at_s is None:
+                progress.placed_at_s = self._fleet.now_s()
+            if token_ids and (live.events.empty() or len(token_ids) >= MERGE_TOKENS_MAX):
+                return token_ids, None, None
+            event = await live.events.get()
 
     async def collect(
         self, spec: GenerateSpec, live: LiveRequest | None = None
@@ -309,26 +317,8 @@ class Gateway:
         arrived_at_s = now_s if spec.arrived_at_s is None else spec.arrived_at_s
         return _Progress(
             arrived_at_s=arrived_at_s,
-            arrived_at=datetime.now(timezone.utc) - timedelta(seconds=now_s - arrived_at_s),
+            arrived_at=datetime.now(UTC) - timedelta(seconds=now_s - arrived_at_s),
         )
-
-    def _delta(
-        self,
-        spec: GenerateSpec,
-        live: LiveRequest,
-        progress: _Progress,
-        piece: Any,
-        token_ids: list[int],
-        reason: str | None,
-    ) -> Delta:
-        seq = progress.output_tokens
-        kept = token_ids[: piece.num_ids]
-        if kept:
-            self._observe(spec, live, progress, len(kept))
-        if not piece.is_stopped and reason not in ("stop", "length"):
-            return Delta(piece.text, seq, kept)
-        usage = Usage(len(spec.prompt_ids), progress.output_tokens, live.cached_tokens)
-        return Delta(piece.text, seq, kept, "stop" if piece.is_stopped else reason, usage)
 
     def _observe(
         self, spec: GenerateSpec, live: LiveRequest, progress: _Progress, num_ids: int
@@ -356,34 +346,14 @@ class Gateway:
         live: LiveRequest,
         progress: _Progress,
         status: RequestStatus,
-        finish_reason: str,
-        error_code: str,
+        finish_reason: str = "",
+        error_code: str = "",
     ) -> None:
-        """The one end of a request: the fleet forgets it, statistics and the writer get its fact."""
-        is_failure = status not in ("completed", "cancelled")
-        self._fleet.finished(live, "failed" if is_failure else status)
+        """Count and store a request that has just ended."""
         fact = _fact(spec, live, progress, self._fleet.now_s(), status, finish_reason, error_code)
         self._live.observe_request(fact)
         self._metrics.observe_fact(fact)
         self._writer.put(fact)
-
-
-async def _next_events(
-    events: "asyncio.Queue[Tokens | domain.Decided]",
-) -> tuple[list[int], str | None, domain.Rejected | None]:
-    """Waits for one event and takes what else is there: (ids, finish reason, rejection)."""
-    token_ids: list[int] = []
-    event = await events.get()
-    while True:
-        if isinstance(event, Tokens):
-            token_ids += event.token_ids
-            if event.finish_reason is not None:
-                return token_ids, event.finish_reason, None
-        elif isinstance(event.outcome, domain.Rejected):
-            return token_ids, None, event.outcome
-        if events.empty() or len(token_ids) >= MERGE_TOKENS_MAX:
-            return token_ids, None, None
-        event = events.get_nowait()
 
 
 def _status_of(rejected: domain.Rejected, progress: _Progress) -> RequestStatus:
@@ -404,8 +374,11 @@ def _fact(
     error_code: str,
 ) -> RequestFact:
     placement, first_at_s = live.placement, progress.first_at_s
-    start_s, placed_at_s = progress.arrived_at_s, live.placed_at_s
+    start_s, placed_at_s = progress.arrived_at_s, progress.placed_at_s
     gaps_s = sorted(progress.gaps_s)
+    decisions = live.decisions
+    if len(decisions) > DECISIONS_MAX:
+        decisions = [decisions[0], *decisions[1 - DECISIONS_MAX :]]
     return RequestFact(
         request_id=live.request_id,
         tenant_id=spec.tenant.tenant_id,
@@ -433,14 +406,14 @@ def _fact(
         decode_worker="" if placement is None else placement.decode_worker,
         failovers=live.failovers,
         handoff_bytes=live.handoff_bytes,
-        handoff_ms=live.handoff_s * 1000 if live.handoff_bytes else None,
+        handoff_ms=live.handoff_ms if live.handoff_bytes else None,
         handoff_recomputed_tokens=live.handoff_recomputed_tokens,
         predicted_ttft_ms=None if placement is None else placement.predicted_ttft_s * 1000,
-        decision=[_record_json(record) for record in live.records],
+        decision=[_decision_json(record) for record in decisions],
     )
 
 
-def _record_json(record: domain.DecisionRecord) -> dict[str, Any]:
+def _decision_json(record: domain.DecisionRecord) -> dict[str, Any]:
     """A decision record as stored: its best candidates only."""
     ranked = sorted(record.candidates, key=lambda c: (not c.eligible, -c.score, c.worker_id))
     return dataclasses.asdict(

@@ -11,7 +11,9 @@ from typing import Any
 
 from console.apierrors import ApiError, invalid, model_not_found
 from console.caps import quote
-from console.snapshot import ModelFacts, Snapshot, TenantFacts
+from console.facts import Endpoint
+from console.gateway import GenerateSpec
+from console.snapshot import ClassFacts, ModelFacts, Snapshot, TenantFacts
 from console.tokens import ModelTokenizer, TemplateRefused, Tokenizers
 from controlplane.domain import SLOClass
 from controlplane.protocol import RESEND_TOKENS_MAX, Sampling
@@ -79,6 +81,35 @@ class ParsedRequest:
     include_usage: bool
     slo: SLOClass
     service_tier: str
+
+
+def spec_of(
+    parsed: ParsedRequest,
+    tenant: TenantFacts,
+    key_id: str,
+    endpoint: Endpoint,
+    *,
+    request_id: str = "",
+    arrived_at_s: float | None = None,
+    batch: ClassFacts | None = None,
+) -> GenerateSpec:
+    """What the gateway runs; `batch` is the class of a batch line, whatever tier its body names."""
+    return GenerateSpec(
+        tenant=tenant,
+        key_id=key_id,
+        model_id=parsed.model.model_id,
+        tokenizer=parsed.tokenizer,
+        slo=parsed.slo if batch is None else batch.slo,
+        service_tier=parsed.service_tier if batch is None else batch.service_tier,
+        endpoint=endpoint,
+        prompt_ids=parsed.prompt_ids,
+        sampling=parsed.sampling,
+        is_seeded=parsed.is_seeded,
+        stop=parsed.stop,
+        stream=parsed.stream and batch is None,
+        request_id=request_id,
+        arrived_at_s=arrived_at_s,
+    )
 
 
 class _Refused(Exception):
@@ -374,9 +405,9 @@ def _class(tier: Any, snapshot: Snapshot, tenant: TenantFacts) -> tuple[SLOClass
         chosen = snapshot.classes[tenant.default_class]
         return chosen.slo, chosen.service_tier
     if type(tier) is str and tier in _TIERS:
-        for facts in snapshot.classes.values():
-            if facts.service_tier == _TIERS[tier] and not facts.slo.is_batch:
-                return facts.slo, facts.service_tier
+        facts = snapshot.class_of_tier(_TIERS[tier])
+        if facts is not None and not facts.slo.is_batch:
+            return facts.slo, facts.service_tier
     names = ", ".join((*_TENANT_TIERS, *_TIERS))
     _refuse(f"service_tier must be one of {names}.", "service_tier")
     raise AssertionError("unreachable")

@@ -1,0 +1,413 @@
+"""`/v1`: the OpenAI-compatible endpoints, as plain ASGI in front of Django.
+
+Nothing of Django's middleware runs here, so host check, request id, authentication, caps and
+error shape are steps of `V1`. No step asks the database. A task on `receive()` notices a client
+that has gone, because Daphne's `send` stays silent for it.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from django.conf import settings
+from django.http.request import split_domain_port, validate_host
+
+from console import auth, state
+from console.apierrors import ApiError, invalid, model_not_found, of_rejection
+from console.caps import BODY_BYTES_MAX, load_json, quote
+from console.daphneserver import WRITE_EXTENSION
+from console.gateway import Gateway, GenerateSpec, Refusal
+from console.requests import ParsedRequest, parse_chat, parse_completion, spec_of
+from console.snapshot import KeyFacts, Snapshot
+from console.sse import DONE, PING, ChunkEncoder, Envelope, GenerateEndpoint, body_json, error_event
+from console.tokens import Tokenizers
+from controlplane.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BODY_S_MAX = 120.0  # 4 MiB at the server's slowest allowed pace
+PING_S = 10.0  # silence after which a stream says that it is alive
+THREAD_BODY_BYTES = 16 << 10  # larger bodies are parsed and tokenised beside the event loop
+PARSERS_MAX = 4  # of those at a time
+OPENAI_VERSION = b"2020-10-01"
+STARTED_AT = int(time.time())  # `created` of models
+_ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
+    "/v1/chat/completions": ("chat", parse_chat),
+    "/v1/completions": ("completions", parse_completion),
+}
+_NOT_SERVED = ("/v1/embeddings",)
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class _ClientGone(Exception):
+    """The client closed the connection before it sent a whole request."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request and what was answered so far."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    request_id: str
+    arrived_at_s: float  # time.perf_counter
+    is_started: bool = False
+    extra_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    def header(self, name: bytes) -> str | None:
+        """The value of a header that may be sent once, None when it is absent or doubled."""
+        values = [value for key, value in self.scope["headers"] if key == name]
+        return values[0].decode("latin1") if len(values) == 1 else None
+
+    def has_header(self, name: bytes) -> bool:
+        return any(key == name for key, _ in self.scope["headers"])
+
+    async def start(self, status: int, content_type: bytes) -> None:
+        processing_ms = round((time.perf_counter() - self.arrived_at_s) * 1000)
+        headers = [
+            (b"content-type", content_type),
+            (b"x-request-id", self.request_id.encode()),
+            (b"openai-processing-ms", b"%d" % processing_ms),
+            (b"openai-version", OPENAI_VERSION),
+            (b"cache-control", b"no-store"),
+            *self.extra_headers,
+        ]
+        self.is_started = True
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def answer(self, status: int, body: dict[str, Any]) -> None:
+        payload = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        self.extra_headers.append((b"content-length", b"%d" % len(payload)))
+        await self.start(status, b"application/json")
+        await self.send({"type": "http.response.body", "body": payload})
+
+    async def refuse(self, error: ApiError) -> None:
+        self.extra_headers += error.headers()
+        await self.answer(error.status, error.body())
+
+
+class V1:
+    """The application. `services` gives the serving state, or None while there is none."""
+
+    def __init__(self, services: Callable[[], Any]) -> None:
+        self._services = services
+        self._parsers = asyncio.Semaphore(PARSERS_MAX)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services = self._services()
+        request_id = "" if services is None else services.gateway.new_request_id()
+        exchange = Exchange(scope, receive, send, request_id, time.perf_counter())
+        try:
+            error = await self._route(exchange, services)
+            if error is not None:
+                await exchange.refuse(error)
+        except _ClientGone:
+            return
+        except Exception:
+            logger.exception("request failed request=%s path=%s", request_id, quote(scope["path"]))
+            error = ApiError(500, "internal_error", "The server failed on this request.")
+            if exchange.is_started:
+                await send({"type": "http.response.body", "body": error_event(error)})
+            else:
+                await exchange.refuse(error)
+
+    async def _route(self, exchange: Exchange, services: Any) -> ApiError | None:
+        """Answers, or gives the error to answer with. Cheap checks first."""
+        host = exchange.header(b"host")
+        domain, _ = split_domain_port(host or "")
+        if not domain or not validate_host(domain, settings.ALLOWED_HOSTS):
+            return invalid("The Host header names no host of this server.", None, "invalid_host")
+        path, method = exchange.scope["path"], exchange.scope["method"]
+        is_models = path == "/v1/models" or path.startswith("/v1/models/")
+        if not is_models and path not in _ENDPOINTS and path not in _NOT_SERVED:
+            return ApiError(404, "unknown_url", f"Unknown request URL: {method} {quote(path)}.")
+        allowed = "GET" if is_models else "POST"
+        if method != allowed:
+            exchange.extra_headers.append((b"allow", allowed.encode()))
+            return ApiError(405, "method_not_allowed", f"Use {allowed} for {quote(path)}.")
+        if services is None:
+            return ApiError(503, "starting", "The server is starting.", retry_after_s=1.0)
+        snapshot: Snapshot = services.snapshot.current
+        key = _key(exchange, snapshot)
+        if isinstance(key, ApiError):
+            return key
+        if is_models:
+            return await self._models(exchange, snapshot, path)
+        if path in _NOT_SERVED:
+            return ApiError(404, "model_not_found", "No model here makes embeddings.", "model")
+        if services.draining:
+            return ApiError(503, "draining", "The server is shutting down.", retry_after_s=5.0)
+        return await self._generate(exchange, services, snapshot, key, *_ENDPOINTS[path])
+
+    async def _models(self, exchange: Exchange, snapshot: Snapshot, path: str) -> ApiError | None:
+        rows = {
+            model.model_id: {
+                "id": model.model_id,
+                "object": "model",
+                "created": STARTED_AT,
+                "owned_by": "slackwater",
+                "max_model_len": model.max_model_len,
+                "slo_classes": sorted(snapshot.classes),
+            }
+            for model in snapshot.models.values()
+            if model.is_active
+        }
+        if path == "/v1/models":
+            await exchange.answer(200, {"object": "list", "data": list(rows.values())})
+            return None
+        model_id = path.removeprefix("/v1/models/")
+        if model_id not in rows:
+            return model_not_found(model_id)
+        await exchange.answer(200, rows[model_id])
+        return None
+
+    async def _generate(
+        self,
+        exchange: Exchange,
+        services: Any,
+        snapshot: Snapshot,
+        key: KeyFacts,
+        endpoint: GenerateEndpoint,
+        parse: Callable[..., ParsedRequest | ApiError],
+    ) -> ApiError | None:
+        gateway: Gateway = services.gateway
+        arrived_at_s = gateway.now_s()
+        error = _content_error(exchange)
+        if error is not None:
+            return error
+        raw = await _body(exchange.receive)
+        if isinstance(raw, ApiError):
+            return raw
+        tenant = snapshot.tenants[key.tenant_id]
+        arguments = (raw, parse, snapshot, services.tokenizers, tenant)
+        if len(raw) > THREAD_BODY_BYTES:
+            async with self._parsers:
+                parsed = await asyncio.to_thread(_parse, *arguments)
+        else:
+            parsed = _parse(*arguments)
+        if isinstance(parsed, ApiError):
+            return parsed
+        spec = spec_of(
+            parsed,
+            tenant,
+            key.public_id,
+            endpoint,
+            request_id=exchange.request_id,
+            arrived_at_s=arrived_at_s,
+        )
+        envelope = Envelope(
+            endpoint, exchange.request_id, spec.model_id, spec.service_tier, int(time.time())
+        )
+        with_ids = exchange.header(b"x-slackwater-debug") == "ids"
+        if parsed.stream:
+            encoder = ChunkEncoder(envelope, parsed.include_usage, with_ids)
+            return await _stream(exchange, gateway, spec, encoder)
+        return await _whole(exchange, gateway, spec, envelope, with_ids)
+
+
+application = V1(state.get)
+
+
+def _key(exchange: Exchange, snapshot: Snapshot) -> KeyFacts | ApiError:
+    """The key of the Authorization header; every bad one gets the same answer."""
+    scheme, _, text = (exchange.header(b"authorization") or "").partition(" ")
+    if scheme.lower() != "bearer" or not text.strip():
+        exchange.extra_headers.append((b"www-authenticate", b"Bearer"))
+        message = "Send your API key as `Authorization: Bearer sk-sw-…`."
+        return ApiError(401, "invalid_api_key", message)
+    key = auth.verify(snapshot, text.strip())
+    if key is None:
+        exchange.extra_headers.append((b"www-authenticate", b"Bearer"))
+        return ApiError(401, "invalid_api_key", "The API key is not valid.")
+    return key
+
+
+def _content_error(exchange: Exchange) -> ApiError | None:
+    """Only plain JSON is read: no other type, no other charset, no compression."""
+    media_type, _, options = (exchange.header(b"content-type") or "").partition(";")
+    charset = options.strip().lower().replace('"', "").removeprefix("charset=")
+    if media_type.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+        message = "Send the body as content-type application/json in UTF-8."
+        return ApiError(415, "unsupported_media_type", message)
+    if (exchange.header(b"content-encoding") or "identity").lower() != "identity":
+        return ApiError(415, "unsupported_media_type", "Send the body without compression.")
+    return None
+
+
+async def _body(receive: Receive) -> bytes | ApiError:
+    """The whole body, at most BODY_BYTES_MAX within BODY_S_MAX."""
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise _ClientGone
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                if size > BODY_BYTES_MAX:
+                    text = f"The body is larger than {BODY_BYTES_MAX} bytes."
+                    return ApiError(413, "request_too_large", text)
+                if not message.get("more_body"):
+                    return b"".join(pieces)
+    except TimeoutError:
+        return ApiError(408, "request_timeout", "The body did not arrive in time.")
+
+
+def _parse(
+    raw: bytes, parse: Any, snapshot: Snapshot, tokenizers: Tokenizers, tenant: Any
+) -> ParsedRequest | ApiError:
+    """Pure; runs in a thread for large bodies."""
+    body = load_json(raw)
+    if isinstance(body, ApiError):
+        return body
+    try:
+        parsed: ParsedRequest | ApiError = parse(body, snapshot, tokenizers, tenant)
+    except ConfigError as error:
+        logger.error("model not usable: %s", error)
+        return ApiError(503, "model_unavailable", "This model cannot be used at the moment.")
+    return parsed
+
+
+async def _whole(
+    exchange: Exchange, gateway: Gateway, spec: GenerateSpec, envelope: Envelope, with_ids: bool
+) -> ApiError | None:
+    """Generate all, answer once; nothing is answered to a client that has gone."""
+    live = gateway.prepare(spec)
+    generation = asyncio.ensure_future(gateway.collect(spec, live))
+    watch = asyncio.ensure_future(_disconnect(exchange.receive))
+    try:
+        await asyncio.wait({generation, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not generation.done():
+            return None
+        outcome = generation.result()
+    finally:
+        await _end(generation, watch)
+    if isinstance(outcome, Refusal):
+        return of_rejection(outcome.rejected, spec.service_tier)
+    exchange.extra_headers += _placement_headers(live)
+    await exchange.answer(200, body_json(envelope, outcome, with_ids))
+    return None
+
+
+async def _stream(
+    exchange: Exchange, gateway: Gateway, spec: GenerateSpec, encoder: ChunkEncoder
+) -> ApiError | None:
+    """Write chunks as deltas come; headers wait for the first, so that a refusal has a status."""
+    writer = _EventWriter(exchange)
+    generation = asyncio.ensure_future(_produce(writer, gateway, spec, encoder))
+    watch = asyncio.ensure_future(_disconnect(exchange.receive))
+    try:
+        while not generation.done() and not watch.done():
+            await asyncio.wait(
+                {generation, watch}, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not generation.done() and not watch.done():
+                await writer.ping()
+        if not generation.done():
+            return None
+        return generation.result()
+    finally:
+        await _end(generation, watch)
+
+
+async def _produce(
+    writer: "_EventWriter", gateway: Gateway, spec: GenerateSpec, encoder: ChunkEncoder
+) -> ApiError | None:
+    live = gateway.prepare(spec)
+    is_first = True
+    async with aclosing(gateway.generate(spec, live)) as items:
+        async for item in items:
+            if isinstance(item, Refusal):
+                error = of_rejection(item.rejected, spec.service_tier)
+                if not writer.is_open:
+                    return error
+                await writer.finish(error_event(error))
+                return None
+            if is_first:
+                is_first = False
+                await writer.open(_placement_headers(live))
+                head = encoder.role() if spec.endpoint == "chat" else b""
+            else:
+                head = b""
+            if item.usage is None:
+                await writer.write(head + encoder.delta(item))
+            else:
+                await writer.finish(head + encoder.delta(item) + encoder.usage(item.usage) + DONE)
+                return None
+    raise AssertionError(f"request {live.request_id} ended without an outcome")
+
+
+class _EventWriter:
+    """The response of a stream: headers once, then events by the server's direct write."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        extensions = exchange.scope.get("extensions") or {}
+        self._write_now = extensions.get(WRITE_EXTENSION)
+        self._written_at_s = time.monotonic()
+
+    @property
+    def is_open(self) -> bool:
+        return self._exchange.is_started
+
+    async def open(self, headers: list[tuple[bytes, bytes]]) -> None:
+        if not self.is_open:
+            self._exchange.extra_headers += [*headers, (b"x-accel-buffering", b"no")]
+            await self._exchange.start(200, b"text/event-stream; charset=utf-8")
+
+    async def write(self, data: bytes) -> None:
+        if not data:
+            return
+        self._written_at_s = time.monotonic()
+        if self._write_now is not None:
+            await self._write_now(data)
+        else:
+            message = {"type": "http.response.body", "body": data, "more_body": True}
+            await self._exchange.send(message)
+
+    async def finish(self, data: bytes) -> None:
+        await self.write(data)
+        await self._exchange.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def ping(self) -> None:
+        """A comment line after PING_S of silence; it opens the stream of a request in a queue."""
+        if time.monotonic() - self._written_at_s >= PING_S:
+            await self.open([])
+            await self.write(PING)
+
+
+def _placement_headers(live: Any) -> list[tuple[bytes, bytes]]:
+    """Where the request runs and how long it waited, as known when the headers go out."""
+    headers = [(b"x-slackwater-decision-id", live.request_id.encode())]
+    if live.placement is not None:
+        headers.append((b"x-slackwater-worker", live.placement.decode_worker.encode()))
+        headers.append((b"x-slackwater-split", live.placement.split.encode()))
+    if live.decisions:
+        waited_ms = live.decisions[-1].waited_s * 1000
+        headers.append((b"x-slackwater-queue-ms", b"%.1f" % waited_ms))
+    return headers
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel what still runs and wait until it has cleaned up; results stay with the caller."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
