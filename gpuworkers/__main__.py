@@ -1,0 +1,138 @@
+"""`python -m gpuworkers`: joins a console and serves until told to stop.
+
+Exit codes: 0 after SIGTERM or when the parent is gone, 2 for a wrong setting, 3 when the console
+refuses the worker, 1 for a defect.
+"""
+
+import asyncio
+import ctypes
+import functools
+import importlib
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from controlplane.errors import ConfigError, SlackwaterError
+from gpuworkers import config, driver
+from gpuworkers.config import WorkerConfig
+from gpuworkers.engine import Engine, EngineConfig
+from gpuworkers.link import JoinRefused
+from gpuworkers.server import Worker, WorkerFacts
+
+EXIT_CONFIG, EXIT_REFUSED = 2, 3
+PARENT_POLL_S = 0.5
+PARENT_GONE_S_MAX = 3.0  # for a goodbye; then the process ends whatever it does
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+logger = logging.getLogger("gpuworkers")
+
+
+def follow_parent(parent_pid: int) -> None:
+    """Ends this process when the parent is gone, however the parent ended and whatever we do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(PARENT_POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PARENT_GONE_S_MAX)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any]]:
+    """Each worker's engine and device facts. The module is chosen by name, so that a modelled
+    worker does not load torch."""
+    engines = []
+    for _ in range(worker.count):
+        if worker.engine == "fake":
+            fake = importlib.import_module("gpuworkers.fake")
+            parts = fake.load(worker.profile, worker.model_id, worker.kv_tokens)
+        else:
+            runner = importlib.import_module("gpuworkers.runner")
+            parts = runner.load(
+                worker.model_dir,
+                worker.model_id,
+                worker.dtype,
+                worker.numerics,
+                worker.kv_tokens,
+                worker.threads,
+            )
+        model_runner, model, device, step_model = parts
+        engines.append(
+            (Engine(model_runner, EngineConfig(), step_model, model, worker.role), device)
+        )
+    return engines
+
+
+async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any]]) -> None:
+    """Runs the workers until a signal. Raises JoinRefused, or what broke an engine."""
+    loop = asyncio.get_running_loop()
+    make = driver.TaskDriver if worker.engine == "fake" else driver.ThreadDriver
+    workers = [
+        Worker(
+            WorkerFacts(
+                worker.join_url,
+                worker.token(index),
+                worker.worker_name(index),
+                worker.engine,
+                device,
+                worker.handoff_bind,
+            ),
+            engine,
+            functools.partial(make, clock=loop.time),
+            random.random,
+        )
+        for index, (engine, device) in enumerate(engines)
+    ]
+    stopping: list[asyncio.Task[None]] = []
+
+    def stop(name: str) -> None:
+        if not stopping:
+            stopping.extend(loop.create_task(w.stop(f"stopped by {name}")) for w in workers)
+
+    loop.add_signal_handler(signal.SIGTERM, stop, "SIGTERM")
+    if worker.parent_pid is None:  # started by hand; else Ctrl-C is the parent's business
+        loop.add_signal_handler(signal.SIGINT, stop, "SIGINT")
+    running = [loop.create_task(w.run()) for w in workers]
+    try:
+        await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, *stopping, return_exceptions=True)
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        worker = config.parse(argv, os.environ)
+        os.environ.pop(config.TOKEN_VARIABLE, None)
+        if worker.parent_pid is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            follow_parent(worker.parent_pid)
+        os.nice(worker.nice)
+        asyncio.run(serve(worker, load_engines(worker)))
+    except JoinRefused as refused:
+        print(f"refused: {refused.reason}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    except SlackwaterError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

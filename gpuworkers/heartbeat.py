@@ -1,0 +1,40 @@
+"""Signs of life between step reports.
+
+The link's thread sends them, so they keep coming while a long step runs in the engine's thread.
+"""
+
+import asyncio
+
+import msgspec
+
+from controlplane import protocol
+from gpuworkers.driver import Driver
+from gpuworkers.link import Link
+
+
+class Heart:
+    """Sends a Heartbeat when nothing else left for `link.heartbeat_s`."""
+
+    def __init__(self, link: Link, driver: Driver) -> None:
+        self._link = link
+        self._driver = driver
+        self.load: protocol.WorkerLoad | None = None  # of the newest report
+
+    async def beat(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now_s = loop.time()
+            due_s = self._link.sent_at_s + self._link.heartbeat_s
+            if now_s >= due_s:
+                if self.load is not None and self._link.is_joined:
+                    self._link.post(self._heartbeat(self.load, now_s))
+                due_s = now_s + self._link.heartbeat_s
+            await asyncio.sleep(due_s - now_s)
+
+    def _heartbeat(self, load: protocol.WorkerLoad, now_s: float) -> protocol.Heartbeat:
+        """The newest load; of its seconds only the idle ones have grown since."""
+        since_s = self._driver.busy_since_s
+        idle_s = self._driver.idle.take(now_s)
+        load = msgspec.structs.replace(load, online_s=0.0, batch_s=0.0, idle_s=idle_s)
+        return protocol.Heartbeat(load, 0.0 if since_s is None else max(0.0, now_s - since_s))

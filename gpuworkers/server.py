@@ -1,0 +1,259 @@
+"""One worker: an engine, its link to the console and its handoffs with peers.
+
+Messages come in on the event loop, run as commands between two steps of the engine, and what steps
+bring goes back over the link. KV in transfer is touched by the event loop only; the order of its
+end is always: stop the transfer here, then free the blocks by a command to the engine.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+
+from controlplane import protocol
+from controlplane.errors import ProtocolError
+from gpuworkers import handoff
+from gpuworkers.driver import Driver, Turn, call
+from gpuworkers.engine import Engine, Key
+from gpuworkers.heartbeat import Heart
+from gpuworkers.link import Link
+
+ENGINE_VERSION = "0.1.0"
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says of itself in Hello, besides what its engine knows."""
+
+    join_url: str
+    token: str
+    name: str
+    engine: str
+    device: protocol.DeviceFacts
+    handoff_bind: str
+
+
+MakeDriver = Callable[[Engine, Callable[[Turn], None]], Driver]
+
+
+class Worker:
+    """See module. Create it inside the running event loop."""
+
+    def __init__(
+        self,
+        facts: WorkerFacts,
+        engine: Engine,
+        make_driver: MakeDriver,
+        uniform: Callable[[], float],
+    ) -> None:
+        self._facts = facts
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._driver = make_driver(engine, self._stepped)
+        self._link = Link(facts.join_url, facts.token, self, uniform)
+        self._heart = Heart(self._link, self._driver)
+        self._handoffs = handoff.HandoffServer(engine.runner.kv, self._sent, self._dropped)
+        self._address = ""
+        self._is_drained_told = False
+        self._arriving: dict[str, int] = {}  # request id -> epoch of a `decode` assignment
+        self._fetches: dict[str, asyncio.Task[None]] = {}  # of those, by request id
+
+    async def run(self) -> None:
+        """Until `stop`. Raises JoinRefused, or what broke the engine."""
+        self._address = await self._handoffs.start(self._facts.handoff_bind)
+        self._driver.start()
+        link = self._loop.create_task(self._link.run())
+        heart = self._loop.create_task(self._heart.beat())
+        try:
+            await asyncio.wait(
+                [link, heart, self._driver.failed], return_when=asyncio.FIRST_COMPLETED
+            )
+            if self._driver.failed.done():
+                await self._link.close("engine failed")
+                self._driver.failed.result()
+            await link
+        finally:
+            for task in (link, heart, *self._fetches.values()):
+                task.cancel()
+            await asyncio.wait([link, heart, *self._fetches.values()])
+            await self._handoffs.close()
+            await self._driver.stop()
+
+    async def stop(self, reason: str) -> None:
+        """Says Goodbye and ends `run`."""
+        await self._link.close(reason)
+
+    # --- from the link
+
+    async def hello(self) -> protocol.Hello:
+        return await call(self._driver, self._hello)
+
+    def _hello(self) -> protocol.Hello:
+        engine, facts = self._engine, self._facts
+        return protocol.Hello(
+            versions=[protocol.VERSION],
+            name=facts.name,
+            engine=facts.engine,
+            engine_version=ENGINE_VERSION,
+            role=engine.role,
+            device=facts.device,
+            models=[engine.model],
+            block_tokens=engine.pool.block_tokens,
+            num_blocks=engine.pool.num_blocks,
+            step_model=engine.step_model.coefficients(),
+            handoff_address=self._address,
+            sequences=engine.live_sequences(),
+        )
+
+    def welcomed(self, welcome: protocol.Welcome, is_new: bool) -> None:
+        """Takes the policy over. As a new worker it drops what it did under its old name."""
+        logger.info("joined worker=%s epoch=%d", welcome.worker_id, welcome.epoch)
+        engine = self._engine
+        if is_new:
+            for request_id in list(self._arriving):
+                self._forget_arrival(request_id)
+            self._handoffs.revoke_all()
+
+        def take_over() -> None:
+            engine.config = dataclasses.replace(engine.config, policy=welcome.policy)
+            for sequence in engine.live_sequences() if is_new else ():
+                engine.abandon(sequence.request_id, sequence.epoch)
+
+        self._driver.post(take_over)
+
+    def received(self, message: protocol.ToWorker) -> None:
+        engine = self._engine
+        if isinstance(message, protocol.Assign):
+            self._assign(message)
+            return
+        if not self._driver.has_room:
+            raise ProtocolError("more commands than the engine can take between two steps")
+        match message:
+            case protocol.Cancel(request_id=request_id, epoch=epoch):
+                self._handoffs.revoke((request_id, epoch))
+                if self._arriving.get(request_id) == epoch:
+                    self._forget_arrival(request_id)
+                self._driver.post(functools.partial(engine.cancel, request_id, epoch))
+            case protocol.Resend():
+                self._driver.post(functools.partial(self._resend, message))
+            case protocol.SetRole(role=role):
+                self._driver.post(functools.partial(engine.set_role, role))
+            case protocol.Drain():
+                self._driver.post(engine.drain)
+            case _:
+                raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    # --- assignments and handoffs, event loop side
+
+    def _assign(self, message: protocol.Assign) -> None:
+        key = (message.request_id, message.epoch)
+        if not self._driver.has_room:
+            self._link.post(protocol.Rejected(*key, "queue_full", 0))
+            return
+        self._make_way(message)
+        tokens = len(message.prompt_ids) + len(message.delivered)
+        if message.handoff_out is not None:
+            self._handoffs.offer(key, message.handoff_out, tokens)
+        if message.handoff_in is not None:
+            self._arriving.setdefault(message.request_id, message.epoch)
+
+        def assign() -> None:
+            answer = self._engine.assign(message, self._loop.time())
+            is_installed = bool(self._engine.first_ids(*key))  # an Assign that came twice
+            block_ids = [] if is_installed else self._engine.blocks_of(*key)
+            self._to_loop(self._assigned, message, answer, block_ids)
+
+        self._driver.post(assign)
+
+    def _make_way(self, message: protocol.Assign) -> None:
+        """The engine drops older epochs of the request: their transfers must end before."""
+        self._handoffs.revoke_older(message.request_id, message.epoch)
+        if self._arriving.get(message.request_id, message.epoch) < message.epoch:
+            self._forget_arrival(message.request_id)
+
+    def _assigned(
+        self,
+        message: protocol.Assign,
+        answer: protocol.Accepted | protocol.Rejected,
+        block_ids: list[int],
+    ) -> None:
+        self._link.post(answer)
+        request_id = message.request_id
+        is_expected = self._arriving.get(request_id) == message.epoch
+        if isinstance(answer, protocol.Rejected):
+            self._handoffs.revoke((request_id, message.epoch))
+        if not is_expected or request_id in self._fetches:
+            return
+        if isinstance(answer, protocol.Rejected) or not block_ids:
+            self._forget_arrival(request_id)
+        else:
+            self._fetches[request_id] = self._loop.create_task(self._fetch(message, block_ids))
+
+    async def _fetch(self, message: protocol.Assign, block_ids: list[int]) -> None:
+        """KV of a `decode` assignment, from the peer into our blocks."""
+        key = (message.request_id, message.epoch)
+        engine = self._engine
+        tokens = len(message.prompt_ids) + len(message.delivered)
+        assert message.handoff_in is not None
+        try:
+            fetched = await handoff.fetch(message.handoff_in, engine.runner.kv, block_ids, tokens)
+        except handoff.HandoffError as error:
+            logger.warning("handoff failed request=%s epoch=%d %s", *key, error)
+            self._driver.post(functools.partial(engine.abandon, *key))
+            self._link.post(protocol.HandoffFailed(*key, error.reason))
+        else:
+            first_ids, at_s = fetched.first_ids, self._loop.time()
+            self._driver.post(functools.partial(engine.installed, *key, first_ids, at_s))
+            self._link.post(
+                protocol.HandoffDone(*key, len(block_ids), fetched.bytes, fetched.seconds)
+            )
+        # No await since the transfer ended: a cancellation has removed these already.
+        del self._fetches[message.request_id], self._arriving[message.request_id]
+
+    def _forget_arrival(self, request_id: str) -> None:
+        """Stops the transfer before the engine may free its blocks."""
+        del self._arriving[request_id]
+        if (fetch := self._fetches.pop(request_id, None)) is not None:
+            fetch.cancel()
+
+    def _sent(self, key: Key) -> None:
+        self._driver.post(functools.partial(self._engine.handed_off, *key))
+
+    def _dropped(self, key: Key) -> None:
+        logger.warning("handoff dropped request=%s epoch=%d", *key)
+        self._driver.post(functools.partial(self._engine.abandon, *key))
+
+    # --- from the engine
+
+    def _resend(self, message: protocol.Resend) -> None:
+        """Runs between two steps."""
+        report = self._engine.resend(message.request_id, message.epoch, message.seq)
+        load = self._engine.load(0.0)
+        reports = [] if report is None else [report]
+        self._to_loop(self._link.post, protocol.StepReport(reports, load))
+
+    def _stepped(self, turn: Turn) -> None:
+        self._heart.load = turn.load
+        if turn.sequences is None:
+            self._link.post(protocol.Heartbeat(turn.load, 0.0))
+        else:
+            for report in turn.sequences:
+                if report.finish_reason is not None:
+                    self._handoffs.revoke((report.request_id, report.epoch))
+            self._link.post(protocol.StepReport(turn.sequences, turn.load))
+        kv = self._engine.runner.kv
+        for prompt in turn.ready:
+            if self._handoffs.ready(prompt.key, prompt.block_ids, prompt.first_ids):
+                num_blocks = len(prompt.block_ids)
+                num_bytes = num_blocks * kv.num_layers * kv.layer_block_bytes
+                self._link.post(protocol.HandoffReady(*prompt.key, num_blocks, num_bytes))
+            else:  # no peer can come any more
+                self._driver.post(functools.partial(self._engine.abandon, *prompt.key))
+        if turn.is_drained and not self._is_drained_told:
+            self._is_drained_told = True
+            self._link.post(protocol.Drained())
+
+    def _to_loop(self, function: Callable[..., object], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)
