@@ -1,0 +1,236 @@
+"""Workers of this machine as subprocesses: started, restarted with backoff, stopped.
+
+Each runs in a session of its own, so a Ctrl-C reaches the server only, and ends by itself when the
+server is gone. It gets a fresh join token for each start and no secret of the server.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from controlplane.errors import ConfigError
+from controlplane.protocol import Role
+
+WORKERS_MAX = 64  # processes of one server
+RESTART_S_MIN, RESTART_S_MAX = 0.5, 30.0  # doubles with each failure in a row
+STEADY_S = 20.0  # a process that lived so long starts the count again
+POLL_S = 0.1
+LOG_BYTES_MAX = 4 << 20  # a longer log is moved to .old before a start
+LAST_LINES = 8
+EXIT_FOR_GOOD = {2: "wrong setting", 3: "refused by the console"}
+# What a worker may see of the server's environment: never keys, peppers or database addresses.
+ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH", "XDG_CACHE_HOME", "SLACKWATER_CACHE", "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME", "CUDA_PATH",
+)  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+
+ProcState = Literal["starting", "running", "waiting", "ended", "stopped"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """How to start one worker process; the fields are `python -m gpuworkers`' options."""
+
+    role: Role
+    engine: Literal["native", "fake"] = "native"
+    model_dir: str = ""
+    model_id: str = ""
+    count: int = 1
+    profile: str = ""
+    dtype: str = "auto"
+    numerics: str = "exact"
+    kv_tokens: int = 0
+    threads: int = 1
+    nice: int = 0
+
+    def options(self) -> list[str]:
+        pairs = {
+            "--role": self.role,
+            "--engine": self.engine,
+            "--model": self.model_dir,
+            "--model-id": self.model_id,
+            "--count": str(self.count),
+            "--profile": self.profile,
+            "--dtype": self.dtype,
+            "--numerics": self.numerics,
+            "--kv-tokens": str(self.kv_tokens),
+            "--threads": str(self.threads),
+            "--nice": str(self.nice),
+        }
+        return [word for pair in pairs.items() if pair[1] for word in pair]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcView:
+    """A worker process as pages and the banner show it."""
+
+    name: str
+    role: Role
+    state: ProcState
+    pid: int | None
+    restarts: int
+    last_lines: tuple[str, ...]  # of its log, after it ended by itself
+
+
+def parse_workers(text: str) -> list[Role]:
+    """`prefill=1,decode=2` as one role for each worker. Raises ConfigError."""
+    roles: list[Role] = []
+    for part in filter(None, text.split(",")):
+        role, _, number = part.partition("=")
+        if role not in get_args(Role) or not number.isdecimal() or int(number) > WORKERS_MAX:
+            raise ConfigError(f"--workers={text}: expected for example prefill=1,decode=1")
+        roles += [role] * int(number)
+    if len(roles) > WORKERS_MAX:
+        raise ConfigError(f"--workers={text}: at most {WORKERS_MAX} workers")
+    return roles
+
+
+class WorkerProcs:
+    """The worker processes of one server. Event loop's thread only: on Linux a worker's life is
+    bound to the thread that started it."""
+
+    def __init__(
+        self,
+        join_url: str,
+        mint_token: Callable[[str], str],
+        logs_dir: Path,
+        environ: Mapping[str, str],
+        restart: bool = True,
+    ) -> None:
+        self._join_url = join_url
+        self._mint_token = mint_token
+        self._logs_dir = logs_dir
+        self._environ = {key: environ[key] for key in ENVIRONMENT if key in environ}
+        self._restart = restart
+        self._procs: dict[str, _Proc] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, specs: Sequence[WorkerSpec]) -> list[str]:
+        """Starts a process for each spec and keeps it running; returns their names."""
+        return [self.add(spec) for spec in specs]
+
+    def add(self, spec: WorkerSpec) -> str:
+        """Starts one more. Raises ConfigError at WORKERS_MAX."""
+        if len(self._procs) >= WORKERS_MAX:
+            raise ConfigError(f"{WORKERS_MAX} worker processes run already")
+        same = sum(proc.spec.role == spec.role for proc in self._procs.values())
+        name = f"{spec.role}-{same + 1}"
+        proc = _Proc(name, spec, self._logs_dir / f"worker-{name}.log")
+        self._procs[name] = proc
+        self._tasks.append(asyncio.get_running_loop().create_task(self._keep(proc)))
+        return name
+
+    def views(self) -> list[ProcView]:
+        return [proc.view() for proc in self._procs.values()]
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM to all, SIGKILL to those still there after grace_s."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + grace_s
+        for proc in self._procs.values():
+            proc.state = "stopped"
+            proc.signal(signal.SIGTERM)
+        while any(proc.is_alive() for proc in self._procs.values()) and loop.time() < deadline_s:
+            await asyncio.sleep(POLL_S / 2)
+        for proc in self._procs.values():
+            proc.kill()
+
+    async def _keep(self, proc: "_Proc") -> None:
+        """One process after the other, until it ends for good."""
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            tokens = [self._mint_token(proc.name) for _ in range(proc.spec.count)]
+            environ = self._environ | {"SLACKWATER_JOIN_TOKEN": ",".join(tokens)}
+            proc.start(self._join_url, environ)
+            started_at_s = loop.time()
+            while proc.is_alive():
+                await asyncio.sleep(POLL_S)
+            lived_s = loop.time() - started_at_s
+            code = proc.ended()
+            logger.warning(
+                "worker ended name=%s code=%s lived_s=%.1f log=%s last=%s",
+                proc.name, code, lived_s, proc.log_path, " | ".join(proc.last_lines),
+            )  # fmt: skip
+            if not self._restart or code in EXIT_FOR_GOOD:
+                return
+            failures = 0 if lived_s >= STEADY_S else failures + 1
+            proc.state = "waiting"
+            await asyncio.sleep(min(RESTART_S_MAX, RESTART_S_MIN * 2**failures))
+            proc.restarts += 1
+
+
+class _Proc:
+    """One worker process and its log."""
+
+    def __init__(self, name: str, spec: WorkerSpec, log_path: Path) -> None:
+        self.name = name
+        self.spec = spec
+        self.log_path = log_path
+        self.state: ProcState = "starting"
+        self.restarts = 0
+        self.last_lines: tuple[str, ...] = ()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def view(self) -> ProcView:
+        pid = self._process.pid if self._process and self.is_alive() else None
+        return ProcView(self.name, self.spec.role, self.state, pid, self.restarts, self.last_lines)
+
+    def start(self, join_url: str, environ: dict[str, str]) -> None:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES_MAX:
+            self.log_path.replace(self.log_path.with_suffix(".old"))
+        command = [sys.executable, "-u", "-m", "gpuworkers", "--join", join_url]
+        command += ["--name", self.name, "--exit-with-parent", str(os.getpid())]
+        threads = str(self.spec.threads)
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command + self.spec.options(),
+                cwd=ROOT,
+                env=environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.state = "running"
+        logger.info("worker started name=%s pid=%d", self.name, self._process.pid)
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def ended(self) -> int | None:
+        """Exit code (negative: the signal); keeps the log's last lines for views."""
+        assert self._process is not None
+        self.state = "ended"
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - 4096))
+            lines = log.read().decode("utf-8", "replace").splitlines()
+        self.last_lines = tuple(lines[-LAST_LINES:])
+        return self._process.returncode
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self.is_alive():
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """The whole session of the process, and waits for it."""
+        if self._process is None:
+            return
+        if self.is_alive():
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
