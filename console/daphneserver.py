@@ -20,7 +20,7 @@ from typing import Any
 import daphne.server
 from daphne.http_protocol import HTTPFactory, WebRequest
 from daphne.ws_protocol import WebSocketProtocol
-from twisted.internet import defer
+from twisted.internet import defer, reactor
 from twisted.internet.endpoints import quoteStringArgument
 from twisted.internet.interfaces import IPushProducer
 from twisted.web.http import HTTPChannel
@@ -382,6 +382,12 @@ async def wait_websocket_writable(protocol: Any, limits: Limits) -> None:
 
 async def _settled(tasks: list[Awaitable[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop that the server, its applications and everything of `serve` run on."""
+    loop: asyncio.AbstractEventLoop = reactor._asyncioEventloop
+    return loop
 
 
 def buffered_bytes(transport: Any) -> int:

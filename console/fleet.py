@@ -1,0 +1,362 @@
+"""Carries out what the ControlPlane decides, and tells it what happened.
+
+The one owner of the plane, of the links to workers and of the table of running requests; it lives
+on the event loop and every call returns at once. Reports of workers go through the request's
+journal, so that the gateway sees each output id once and in order, whichever worker made it.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from console import jointokens
+from console.facts import PlanFact
+from console.gateway import LiveRequest, Tokens
+from console.live import LiveStats
+from console.metrics import Metrics
+from console.transport import CLOSE_POLICY, WorkerLink
+from console.writer import FactWriter, WorkerFact
+from controlplane import domain, protocol
+from controlplane.plane import ControlPlane
+
+logger = logging.getLogger(__name__)
+
+RESEND_AFTER_S = 0.5  # a gap in a request's output older than this is asked for again
+STALLED_AFTER_S = 2.0  # and older than this moves the request to another worker
+REQUESTS_MAX = 16_384  # running and queued; the plane's queues are smaller
+DECISIONS_MAX = 64  # decision records of one request; moves are fewer
+LINKS_MAX = 4_096  # open worker connections
+CLOSE_RESTARTING = 1012
+
+
+@dataclass(slots=True)
+class Connection:
+    """A worker's socket; `worker_id` is empty until the plane has welcomed it."""
+
+    link: WorkerLink
+    worker_id: str = ""
+    epoch: int = 0
+
+
+class Fleet:
+    """The driver of one ControlPlane. Not thread-safe: call on the event loop only."""
+
+    def __init__(
+        self,
+        plane: ControlPlane,
+        metrics: Metrics,
+        writer: FactWriter,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[], float] = random.random,
+    ) -> None:
+        self.requests: dict[str, LiveRequest] = {}
+        self.live: LiveStats | None = None  # set once by serve: LiveStats reads this fleet's view
+        self.num_ticks = 0
+        self._plane = plane
+        self._metrics = metrics
+        self._writer = writer
+        self._clock = clock
+        self._uniform = uniform
+        self._connections: dict[str, Connection] = {}
+        self._connection_of: dict[str, str] = {}  # worker id -> connection id
+        self._join_tokens = jointokens.SpentTokens()
+        self._gaps: set[str] = set()  # requests whose journal waits for ids
+        self._resent_at_s: dict[str, float] = {}
+        self._workers_written: dict[str, WorkerFact] = {}
+
+    def now_s(self) -> float:
+        """The clock of everything in the plane: monotonic seconds."""
+        return self._clock()
+
+    def view(self) -> domain.ClusterView:
+        """What pages show of the plane now."""
+        return self._plane.view(self.now_s())
+
+    def mint_join_token(self, name: str) -> str:
+        """A token for one Hello of a worker."""
+        return jointokens.mint(name)
+
+    # --- workers ------------------------------------------------------------------------------
+
+    def connected(self, connection_id: str, link: WorkerLink) -> None:
+        if len(self._connections) >= LINKS_MAX:
+            link.send(protocol.Refused("too many workers are connected", permanent=False))
+            link.close(CLOSE_POLICY, "too many workers")
+            return
+        self._connections[connection_id] = Connection(link)
+
+    def received(self, connection_id: str, message: protocol.FromWorker) -> None:
+        """One decoded frame of a worker."""
+        connection = self._connections.get(connection_id)
+        if connection is None:
+            return  # refused or fenced; its last frames are still in flight
+        self._metrics.worker_frames.inc()
+        if isinstance(message, protocol.Hello):
+            self._hello(connection_id, connection, message)
+        elif not connection.worker_id:
+            connection.link.close(CLOSE_POLICY, "not welcomed")
+        elif isinstance(message, protocol.StepReport):
+            for report in message.sequences:
+                self._deliver(connection.worker_id, report)
+            self._tell_plane(connection, message.load)
+        else:
+            self._tell_plane(connection, message)
+
+    def disconnected(self, connection_id: str) -> None:
+        connection = self._connections.pop(connection_id, None)
+        if connection is None or not connection.worker_id:
+            return
+        if self._connection_of.get(connection.worker_id) == connection_id:
+            del self._connection_of[connection.worker_id]
+        self.handle(domain.WorkerClosed(connection.worker_id, connection.epoch))
+
+    def close_links(self) -> None:
+        """The server ends: workers may look for the next one."""
+        for connection in self._connections.values():
+            connection.link.close(CLOSE_RESTARTING, "the console restarts")
+
+    def _hello(self, connection_id: str, connection: Connection, hello: protocol.Hello) -> None:
+        refusal = "" if hello.token is None else self._join_tokens.refusal(hello.token)
+        if hello.token is None and hello.resume is None:
+            refusal = "a join token is missing"
+        if refusal:
+            logger.warning("worker refused name=%s reason=%s", hello.name, refusal)
+            connection.link.send(protocol.Refused(refusal))
+            connection.link.close(CLOSE_POLICY, "join token")
+            return
+        self.handle(domain.WorkerHello(connection_id, hello))
+        if hello.token is not None and connection.worker_id:
+            self._join_tokens.spend(hello.token)
+
+    def _tell_plane(self, connection: Connection, message: Any) -> None:
+        load = message.load if isinstance(message, protocol.Heartbeat) else message
+        if isinstance(load, protocol.WorkerLoad) and self.live is not None:
+            self.live.observe_load(load, self.now_s())
+        self.handle(domain.WorkerMessage(connection.worker_id, connection.epoch, message))
+
+    def _send(self, worker_id: str, message: protocol.ToWorker) -> None:
+        """To a worker that is there; a worker that just left is the plane's next event anyway."""
+        connection = self._connections.get(self._connection_of.get(worker_id, ""))
+        if connection is not None:
+            connection.link.send(message)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def submit(self, live: LiveRequest) -> None:
+        """Take a request in; its outcome arrives in `live.events` as domain.Decided."""
+        request_id = live.request_id
+        assert request_id not in self.requests, f"{request_id} submitted twice"
+        assert len(self.requests) < REQUESTS_MAX, f"{REQUESTS_MAX} requests in the table"
+        self.requests[request_id] = live
+        self.handle(domain.Submit(live.request))
+
+    def first_token(self, live: LiveRequest, ttft_s: float) -> None:
+        self.handle(domain.FirstToken(live.request_id, ttft_s))
+
+    def finished(self, live: LiveRequest, status: str) -> None:
+        """The gateway is done with a request (completed, cancelled or failed); the plane stops what
+        a worker still does for it."""
+        request_id = live.request_id
+        if self.requests.pop(request_id, None) is None:
+            return
+        self._gaps.discard(request_id)
+        self._resent_at_s.pop(request_id, None)
+        self.handle(domain.Finished(request_id, status, len(live.journal.ids)))
+
+    def _deliver(self, worker_id: str, report: protocol.SequenceReport) -> None:
+        live = self.requests.get(report.request_id)
+        if live is None:
+            return  # ended here; its cancel is on the way
+        journal = live.journal
+        if report.epoch >= journal.epoch:
+            live.cached_tokens = max(live.cached_tokens, report.cached_tokens)
+        was_finished = journal.finish_reason is not None
+        fresh = journal.accept(
+            report.epoch, report.seq, report.token_ids, self.now_s(), report.finish_reason
+        )
+        finish_reason = None if was_finished else journal.finish_reason
+        if fresh or finish_reason is not None:
+            live.events.put_nowait(Tokens(fresh, finish_reason))
+        if finish_reason == "error":
+            logger.warning("sequence failed request=%s worker=%s", report.request_id, worker_id)
+        if journal.missing_since_s is None:
+            self._gaps.discard(report.request_id)
+        else:
+            self._gaps.add(report.request_id)
+
+    def _close_gaps(self, now_s: float) -> None:
+        """Ask again for ids that did not come, then move the request."""
+        for request_id in list(self._gaps):
+            live = self.requests[request_id]
+            since_s = live.journal.missing_since_s
+            if since_s is None:
+                self._gaps.discard(request_id)
+            elif now_s - since_s > STALLED_AFTER_S:
+                self._gaps.discard(request_id)
+                self.handle(domain.Stalled(request_id, live.journal.epoch))
+            elif (
+                now_s - since_s > RESEND_AFTER_S
+                and now_s - self._resent_at_s.get(request_id, since_s) > RESEND_AFTER_S
+            ):
+                self._resent_at_s[request_id] = now_s
+                self._ask_again(live)
+
+    def _ask_again(self, live: LiveRequest) -> None:
+        if live.placement is not None:
+            message = protocol.Resend(live.request_id, live.journal.epoch, live.journal.next_seq)
+            self._send(live.placement.decode_worker, message)
+
+    # --- the plane ----------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Every 100 ms."""
+        self.num_ticks += 1
+        self.handle(domain.Tick())
+        self._close_gaps(self.now_s())
+        view = self.view()
+        self._metrics.set_workers(view.workers)
+        self._write_workers(view.workers)
+
+    def handle(self, event: domain.Event) -> None:
+        """Give the plane an event and carry out what it answers."""
+        for command in self._plane.handle(event, self.now_s(), self._uniform):
+            self.execute(command)
+
+    def execute(self, command: domain.Command) -> None:
+        match command:
+            case domain.Greet(connection_id, message):
+                self._greet(connection_id, message)
+            case domain.CloseWorker(worker_id, reason):
+                connection_id = self._connection_of.pop(worker_id, "")
+                connection = self._connections.pop(connection_id, None)
+                if connection is not None:
+                    connection.link.close(CLOSE_POLICY, reason)
+            case domain.Dispatch():
+                self._dispatch(command)
+            case domain.CancelSequence(worker_id, request_id, epoch):
+                self._send(worker_id, protocol.Cancel(request_id, epoch))
+            case domain.Reattach(worker_id, request_id, epoch):
+                live = self.requests.get(request_id)
+                if live is not None:
+                    seq = live.journal.next_seq
+                    self._send(worker_id, protocol.Resend(request_id, epoch, seq))
+            case domain.SendRole(worker_id, role):
+                self._send(worker_id, protocol.SetRole(role))
+            case domain.SendDrain(worker_id):
+                self._send(worker_id, protocol.Drain())
+            case domain.PlanChanged():
+                self._plan_changed(command)
+            case _:
+                self._tell_request(command)
+
+    def _greet(self, connection_id: str, message: protocol.Welcome | protocol.Refused) -> None:
+        connection = self._connections.get(connection_id)
+        if connection is None:
+            return
+        connection.link.send(message)
+        if isinstance(message, protocol.Refused):
+            logger.warning("worker refused connection=%s reason=%s", connection_id, message.reason)
+            connection.link.close(CLOSE_POLICY, "refused")
+            return
+        former_id = self._connection_of.get(message.worker_id)
+        former = self._connections.pop(former_id, None) if former_id is not None else None
+        if former is not None:
+            former.link.close(CLOSE_POLICY, "replaced by a newer connection")
+        connection.worker_id, connection.epoch = message.worker_id, message.epoch
+        self._connection_of[message.worker_id] = connection_id
+        logger.info("worker joined worker=%s epoch=%d", message.worker_id, message.epoch)
+
+    def _dispatch(self, command: domain.Dispatch) -> None:
+        live = self.requests.get(command.request_id)
+        if live is None:
+            return
+        live.journal.move(command.epoch)
+        self._send(
+            command.worker_id,
+            protocol.Assign(
+                request_id=command.request_id,
+                epoch=command.epoch,
+                model_id=live.request.model_id,
+                stage=command.stage,
+                prompt_ids=live.prompt_ids,
+                delivered=list(live.journal.ids),
+                sampling=live.sampling,
+                targets=live.targets,
+                salt=live.salt,
+                handoff_out=command.handoff_out,
+                handoff_in=command.handoff_in,
+            ),
+        )
+
+    def _tell_request(self, command: domain.Command) -> None:
+        """What a request's own record keeps."""
+        live = self.requests.get(command.request_id)
+        if live is None:
+            return
+        match command:
+            case domain.Decided():
+                self._decided(live, command)
+            case domain.HandoffCounted(bytes=num_bytes, seconds=seconds, recomputed_tokens=tokens):
+                live.handoff_bytes += num_bytes
+                live.handoff_ms += seconds * 1000
+                live.handoff_recomputed_tokens += tokens
+                if num_bytes:
+                    self._metrics.handoff_seconds.observe(seconds)
+            case domain.FailoverCounted(from_worker=worker_id, epoch=epoch):
+                live.failovers += 1
+                logger.info(
+                    "failover request=%s from=%s epoch=%d", command.request_id, worker_id, epoch
+                )
+
+    def _decided(self, live: LiveRequest, decided: domain.Decided) -> None:
+        if len(live.decisions) >= DECISIONS_MAX:
+            del live.decisions[1]  # the first says why it began where it did
+        live.decisions.append(decided.record)
+        if isinstance(decided.outcome, domain.Placed):
+            live.placement, live.epoch = decided.outcome.placement, decided.outcome.epoch
+        live.events.put_nowait(decided)
+
+    def _plan_changed(self, plan: domain.PlanChanged) -> None:
+        logger.info(
+            "plan worker=%s role=%s->%s by=%s reason=%s",
+            plan.worker_id,
+            plan.role_before,
+            plan.role_after,
+            plan.by,
+            plan.reason,
+        )
+        self._writer.put(
+            PlanFact(
+                at=datetime.now(UTC),
+                worker_id=plan.worker_id,
+                role_before=plan.role_before,
+                role_after=plan.role_after,
+                by=plan.by,
+                reason=plan.reason,
+            )
+        )
+
+    def _write_workers(self, workers: tuple[domain.WorkerView, ...]) -> None:
+        """Keep the stored row of each worker equal to its role and status."""
+        now = datetime.now(UTC)
+        for worker in workers:
+            fact = WorkerFact(
+                name=worker.name,
+                worker_id=worker.worker_id,
+                role=worker.role,
+                engine=worker.engine,
+                device=worker.device.name,
+                status=worker.status,
+                at=now,
+            )
+            written = self._workers_written.get(worker.worker_id)
+            if written is None or (written.role, written.status) != (fact.role, fact.status):
+                self._workers_written[worker.worker_id] = fact
+                self._writer.put(fact)
+        gone = self._workers_written.keys() - {worker.worker_id for worker in workers}
+        for worker_id in gone:
+            del self._workers_written[worker_id]

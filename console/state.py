@@ -1,0 +1,69 @@
+"""What the serving process holds, for views and pages that run in other threads.
+
+`serve` sets `current` once, before it listens. A view reads immutable snapshots from it and acts
+through `ServerState.call`, which runs a coroutine on the server's loop. Everywhere else (tests of
+pages, other commands) `get()` is None and pages show their empty states.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from console.batches import BatchFeeder
+from console.fleet import Fleet
+from console.gateway import Gateway
+from console.live import LiveStats
+from console.metrics import Metrics
+from console.snapshot import SnapshotKeeper
+from console.tokens import Tokenizers
+from console.writer import FactWriter
+
+T = TypeVar("T")
+
+
+@dataclass
+class ServerState:
+    """The parts of one `serve` process; only the server's loop changes them."""
+
+    loop: asyncio.AbstractEventLoop
+    fleet: Fleet
+    gateway: Gateway
+    live: LiveStats
+    metrics: Metrics
+    snapshot: SnapshotKeeper
+    writer: FactWriter
+    tokenizers: Tokenizers
+    batches: BatchFeeder
+    port: int
+    profile: str  # local or public
+    started_at_s: float  # on the fleet's clock
+    draining: bool = False
+    tick_at_s: float | None = None  # last turn of the control loop, on the fleet's clock
+    database_failed_at_s: float | None = None  # when the snapshot was last not renewed
+    num_database_failures: int = 0
+    v1_requests: int = 0  # in flight, until their last byte is handed to the transport
+    page_sockets: set[Callable[[Any], Awaitable[None]]] = field(default_factory=set)
+
+    def note_tick(self) -> None:
+        """The control loop has turned; what `/readyz` is told of it and of the database."""
+        self.tick_at_s = self.fleet.now_s()
+        if self.snapshot.num_failures > self.num_database_failures:
+            self.num_database_failures = self.snapshot.num_failures
+            self.database_failed_at_s = self.tick_at_s
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, timeout_s: float = 5.0) -> T:
+        """Run `function(*args)` on the server's loop from another thread and give its result."""
+
+        async def run() -> T:
+            return await function(*args)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(timeout_s)
+
+
+current: ServerState | None = None
+
+
+def get() -> ServerState | None:
+    """The state of this process when it is `serve`, else None."""
+    return current
