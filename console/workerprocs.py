@@ -52,6 +52,7 @@ class WorkerSpec:
     kv_tokens: int = 0
     threads: int = 1
     nice: int = 0
+    name: str = ""  # before the number in the worker's name; default: the role
 
     def options(self) -> list[str]:
         pairs = {
@@ -85,11 +86,12 @@ class ProcView:
 def parse_workers(text: str) -> list[Role]:
     """`prefill=1,decode=2` as one role for each worker. Raises ConfigError."""
     roles: list[Role] = []
+    known = {str(role): role for role in get_args(Role)}
     for part in filter(None, text.split(",")):
         role, _, number = part.partition("=")
-        if role not in get_args(Role) or not number.isdecimal() or int(number) > WORKERS_MAX:
+        if role not in known or not number.isdecimal() or int(number) > WORKERS_MAX:
             raise ConfigError(f"--workers={text}: expected for example prefill=1,decode=1")
-        roles += [role] * int(number)
+        roles += [known[role]] * int(number)
     if len(roles) > WORKERS_MAX:
         raise ConfigError(f"--workers={text}: at most {WORKERS_MAX} workers")
     return roles
@@ -101,13 +103,15 @@ class WorkerProcs:
 
     def __init__(
         self,
-        join_url: str,
+        specs: Sequence[WorkerSpec],
+        join_url: Callable[[], str],
         mint_token: Callable[[str], str],
         logs_dir: Path,
         environ: Mapping[str, str],
         restart: bool = True,
     ) -> None:
-        self._join_url = join_url
+        self._specs = specs
+        self._join_url = join_url  # asked at each start: the port is known once the server listens
         self._mint_token = mint_token
         self._logs_dir = logs_dir
         self._environ = {key: environ[key] for key in ENVIRONMENT if key in environ}
@@ -115,16 +119,20 @@ class WorkerProcs:
         self._procs: dict[str, _Proc] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, specs: Sequence[WorkerSpec]) -> list[str]:
-        """Starts a process for each spec and keeps it running; returns their names."""
-        return [self.add(spec) for spec in specs]
+    async def start(self) -> None:
+        """Starts a process for each spec and keeps it running."""
+        for spec in self._specs:
+            self.add(spec)
 
     def add(self, spec: WorkerSpec) -> str:
-        """Starts one more. Raises ConfigError at WORKERS_MAX."""
+        """Starts one more and returns its name. Raises ConfigError at WORKERS_MAX."""
         if len(self._procs) >= WORKERS_MAX:
             raise ConfigError(f"{WORKERS_MAX} worker processes run already")
-        same = sum(proc.spec.role == spec.role for proc in self._procs.values())
-        name = f"{spec.role}-{same + 1}"
+        same = sum(
+            (proc.spec.name, proc.spec.role) == (spec.name, spec.role)
+            for proc in self._procs.values()
+        )
+        name = f"{spec.name or spec.role}-{same + 1}"
         proc = _Proc(name, spec, self._logs_dir / f"worker-{name}.log")
         self._procs[name] = proc
         self._tasks.append(asyncio.get_running_loop().create_task(self._keep(proc)))
@@ -146,6 +154,10 @@ class WorkerProcs:
             proc.signal(signal.SIGTERM)
         while any(proc.is_alive() for proc in self._procs.values()) and loop.time() < deadline_s:
             await asyncio.sleep(POLL_S / 2)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to every process, and to what it started."""
         for proc in self._procs.values():
             proc.kill()
 
@@ -156,7 +168,7 @@ class WorkerProcs:
         while True:
             tokens = [self._mint_token(proc.name) for _ in range(proc.spec.count)]
             environ = self._environ | {"SLACKWATER_JOIN_TOKEN": ",".join(tokens)}
-            proc.start(self._join_url, environ)
+            proc.start(self._join_url(), environ)
             started_at_s = loop.time()
             while proc.is_alive():
                 await asyncio.sleep(POLL_S)
