@@ -1,5 +1,24 @@
-"""Every page of the console, each naming one view."""
+"""URLs of the operator's pages."""
 
-from django.urls import URLPattern
+from django.urls import path
 
-urlpatterns: list[URLPattern] = []
+from console.pages import batches, overview, playground, requests, workers
+
+app_name = "pages"
+
+urlpatterns = [
+    path("", overview.overview, name="overview"),
+    path("live/history", overview.live_history, name="live_history"),
+    path("requests/", requests.live, name="requests"),
+    path("requests/history/", requests.history, name="history"),
+    path("requests/<str:request_id>/", requests.detail, name="request"),
+    path("workers/", workers.workers, name="workers"),
+    path("workers/add/", workers.add, name="workers_add"),
+    path("workers/<str:worker_id>/role/", workers.flip, name="worker_flip"),
+    path("workers/<str:worker_id>/drain/", workers.drain, name="worker_drain"),
+    path("playground/", playground.playground, name="playground"),
+    path("playground/key/", playground.key, name="playground_key"),
+    path("batches/", batches.batches, name="batches"),
+    path("batches/<str:batch_id>/", batches.detail, name="batch"),
+    path("batches/<str:batch_id>/cancel/", batches.cancel, name="batch_cancel"),
+]

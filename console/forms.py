@@ -1,0 +1,93 @@
+"""Validation of what operators type and of filters in the query string."""
+
+from datetime import timedelta
+from typing import Any
+
+from django import forms
+
+from console.models import RequestRecord, Tenant
+
+RANGES = {
+    "15m": timedelta(minutes=15),
+    "1h": timedelta(hours=1),
+    "6h": timedelta(hours=6),
+    "24h": timedelta(hours=24),
+    "7d": timedelta(days=7),
+    "all": None,
+}
+RANGE_DEFAULT = "24h"
+STATUSES = ("completed", "cancelled", "failed", "rejected", "expired")
+ROLES = (("prefill", "prefill"), ("decode", "decode"), ("mixed", "mixed"))
+DEVICES = (("cpu", "cpu"), ("cuda:0", "cuda:0"))
+ENGINES = (("native", "native"), ("fake", "fake (modelled time)"))
+
+
+def _choices(any_word: str, values: Any) -> list[tuple[str, str]]:
+    return [("", any_word), *((value, value) for value in values)]
+
+
+class HistoryFilter(forms.Form):
+    """Filters of the request history; every field is optional and stands in the query string."""
+
+    q = forms.CharField(label="Request id", required=False, max_length=64, strip=True)
+    range = forms.ChoiceField(
+        label="Arrived", required=False, choices=[(key, key) for key in RANGES]
+    )
+    status = forms.ChoiceField(
+        label="Status", required=False, choices=_choices("any status", STATUSES)
+    )
+    split = forms.ChoiceField(
+        label="Placement",
+        required=False,
+        choices=_choices("any placement", ("local", "handoff")),
+    )
+    tenant = forms.CharField(label="Tenant", required=False, max_length=64)
+    worker = forms.CharField(label="Worker", required=False, max_length=64)
+
+    def __init__(self, *args: Any, class_names: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["class"] = forms.ChoiceField(
+            label="Class", required=False, choices=_choices("any class", class_names)
+        )
+        self.fields["demo"] = forms.BooleanField(label="with demo history", required=False)
+        self.fields["q"].widget.attrs.update({"data-filter": "", "placeholder": "starts with …"})
+        for name in ("range", "status", "split", "class", "demo"):
+            self.fields[name].widget.attrs["data-submit"] = ""
+
+    def values(self) -> dict[str, Any]:
+        """The accepted filters; a value that is no choice filters nothing."""
+        self.is_valid()
+        return {**self.cleaned_data, "range": self.cleaned_data.get("range") or RANGE_DEFAULT}
+
+
+class AddWorkerForm(forms.Form):
+    """What the join command shall say. The token is made when this is sent."""
+
+    name = forms.RegexField(
+        label="Name",
+        regex=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$",
+        error_messages={"invalid": "Lower-case letters, digits, '.', '_' and '-', at most 64."},
+    )
+    role = forms.ChoiceField(label="Role", choices=ROLES, initial="mixed")
+    device = forms.ChoiceField(label="Device", choices=DEVICES, initial="cpu")
+    engine = forms.ChoiceField(label="Engine", choices=ENGINES, initial="native")
+
+
+class RoleForm(forms.Form):
+    """The role a worker shall take."""
+
+    role = forms.ChoiceField(label="New role", choices=ROLES)
+
+
+class PlaygroundKeyForm(forms.Form):
+    """For which tenant a short-lived key is made."""
+
+    tenant = forms.ModelChoiceField(
+        queryset=Tenant.objects.filter(is_active=True), to_field_name="slug"
+    )
+
+
+def known_classes() -> list[str]:
+    """Class names that stored requests carry, also of classes deleted since."""
+    names = RequestRecord.objects.order_by().values_list("class_name", flat=True).distinct()
+    return sorted(names)

@@ -1,0 +1,188 @@
+"""One frame a second for every open page: what LiveStats knows, made ready to show.
+
+The feed samples once per period, whatever the number of pages, and keeps a short history for
+charts. It starts with the first page that asks and belongs to one ServerState.
+"""
+
+import asyncio
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from console import state
+from controlplane import domain
+
+FRAME_PERIOD_S = 1.0
+HISTORY_POINTS_MAX = 600  # of the charts; ten minutes
+ROWS_MAX = 200  # live requests on a page
+PHASES = ("queued", "prefill", "transfer", "decode")
+ALERTS_MAX = 8  # lines in the strip; the rest is counted
+
+encoder = msgspec.json.Encoder()  # NaN becomes null
+
+
+def enriched(frame: dict[str, Any], view: domain.ClusterView, seq: int) -> dict[str, Any]:
+    """The frame of LiveStats with a sequence of its own, wall time, alerts, charts and shapes.
+
+    A shape changes when a part of a page must be rendered again instead of filled in."""
+    classes, workers = frame["classes"], frame["workers"]
+    plan = view.plans[0] if view.plans else None
+    return {
+        **frame,
+        "seq": seq,
+        "t": round(time.time() * 1000),  # milliseconds since 1970, as JavaScript's Date
+        "queued_total": sum(frame["queued"].values()),
+        "alerts": alerts(frame),
+        "charts": charts(frame),
+        "shapes": {
+            "classes": ",".join(row["name"] for row in classes),
+            "workers": ",".join(
+                f"{row['worker_id']}:{row['role']}:{row['exception']}" for row in workers
+            ),
+            "plans": ""
+            if plan is None
+            else f"{len(view.plans)}:{plan.worker_id}:{plan.role_after}",
+            "setup": f"{bool(workers)}:{frame['counters']['requests_total'] > 0}",
+        },
+    }
+
+
+def alerts(frame: dict[str, Any]) -> list[str]:
+    """What needs an operator now, one sentence each with the numbers that decided."""
+    lines = []
+    for row in frame["classes"]:
+        for name, unit in (("ttft", "TTFT"), ("itl", "ITL")):
+            value_ms, target_ms = row[f"{name}_ms_p99"], row[f"{name}_target_ms"]
+            if row["status"] == "missed" and value_ms is not None and value_ms > target_ms:
+                lines.append(
+                    f"{row['name']}: {unit} p99 {value_ms:.0f} ms is over its {target_ms:.0f} ms"
+                )
+    for worker in frame["workers"]:
+        if worker["status"] in ("suspect", "lost"):
+            lines.append(
+                f"{worker['worker_id']} is {worker['status']}, "
+                f"last heard {worker['heard_ago_s']:.0f} s ago"
+            )
+        if worker["exception"]:
+            lines.append(f"{worker['worker_id']} {worker['exception']}")
+    if len(lines) > ALERTS_MAX:
+        lines = [*lines[: ALERTS_MAX - 1], f"and {len(lines) - ALERTS_MAX + 1} more"]
+    return lines
+
+
+def charts(frame: dict[str, Any]) -> dict[str, list[float | None]]:
+    """One value per trace, in the order in which the page names them."""
+    promise: list[float | None] = []
+    for row in frame["classes"]:
+        if not row["is_batch"]:
+            for name in ("ttft", "itl"):
+                value_ms = row[f"{name}_ms_p99"]
+                percent = None if value_ms is None else 100 * value_ms / row[f"{name}_target_ms"]
+                promise.append(None if percent is None else round(percent, 2))
+    rates = frame["tokens_per_s"]
+    return {"tokens": [rates["interactive"], rates["batch"]], "promise": promise}
+
+
+def request_rows(view: domain.ClusterView) -> list[dict[str, Any]]:
+    """Requests in flight for the live table, longest running first, at most ROWS_MAX."""
+    rows = []
+    for found in sorted(view.requests, key=lambda r: (-r.age_s, r.request_id))[:ROWS_MAX]:
+        placement = found.placement
+        is_handoff = placement is not None and placement.split == "handoff"
+        steps = [phase for phase in PHASES if phase != "transfer" or is_handoff]
+        now = steps.index(found.phase) if found.phase in steps else len(steps) - 1
+        rows.append(
+            {
+                "request_id": found.request_id,
+                "tenant_id": found.tenant_id,
+                "model_id": found.model_id,
+                "class_name": found.class_name,
+                "phase": found.phase,
+                "steps": [
+                    "done" if i < now else "now" if i == now else "" for i in range(len(steps))
+                ],
+                "age_s": found.age_s,
+                "phase_s": found.phase_s,
+                "epoch": found.epoch,
+                "prompt_tokens": found.prompt_tokens,
+                "prefill_worker": "" if placement is None else placement.prefill_worker,
+                "decode_worker": "" if placement is None else placement.decode_worker,
+            }
+        )
+    return rows
+
+
+class LiveFeed:
+    """Samples once per FRAME_PERIOD_S while the server runs; on its event loop only."""
+
+    def __init__(self, current: state.ServerState) -> None:
+        self.current = current
+        self._newest: dict[str, Any] | None = None
+        self._text = ""
+        self._points: deque[tuple[int, dict[str, list[float | None]]]] = deque(
+            maxlen=HISTORY_POINTS_MAX
+        )
+        self._fresh = asyncio.Event()
+        self._sample()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        assert self._newest is not None, "sampled in __init__"
+        return self._newest
+
+    async def after(self, seq: int) -> tuple[int, str]:
+        """Number and text of the newest frame that is later than `seq`; skips what was missed."""
+        while self.newest["seq"] <= seq:
+            await self._fresh.wait()
+        return self.newest["seq"], self._text
+
+    def history(self) -> dict[str, Any]:
+        """The kept points by column, for a chart that begins or has lost frames."""
+        return {
+            "seq": self.newest["seq"],
+            "t": [at_ms for at_ms, _ in self._points],
+            "charts": {
+                name: [values[name] for _, values in self._points] for name in self.newest["charts"]
+            },
+        }
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+    def _sample(self) -> None:
+        fleet = self.current.fleet
+        seq = 1 if self._newest is None else self._newest["seq"] + 1
+        frame = enriched(self.current.live.frame(fleet.now_s()), fleet.view(), seq)
+        self._newest, self._text = frame, encoder.encode(frame).decode()
+        self._points.append((frame["t"], frame["charts"]))
+        self._fresh.set()
+        self._fresh = asyncio.Event()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(FRAME_PERIOD_S)
+            self._sample()
+
+
+_feed: LiveFeed | None = None
+
+
+async def feed_of(current: state.ServerState) -> LiveFeed:
+    """The feed of this server, started when it is first asked for."""
+    global _feed
+    if _feed is None or _feed.current is not current:
+        if _feed is not None:
+            _feed.stop()
+        _feed = LiveFeed(current)
+    return _feed
+
+
+async def newest(current: state.ServerState) -> dict[str, Any]:
+    return (await feed_of(current)).newest
+
+
+async def history(current: state.ServerState) -> dict[str, Any]:
+    return (await feed_of(current)).history()

@@ -1,0 +1,59 @@
+"""What pages read of the running control plane, and the one way in which they act on it.
+
+Outside `serve` there is none: readers give None and pages show their empty states.
+"""
+
+from concurrent.futures import TimeoutError as CallTimeout
+from typing import Any
+
+from console import livefeed, state
+from controlplane import domain
+
+
+def frame() -> dict[str, Any] | None:
+    """The newest live frame; None without a server, or when its loop does not answer in time."""
+    current = state.get()
+    return None if current is None else _ask(current, livefeed.newest, current)
+
+
+def history() -> dict[str, Any] | None:
+    """The kept points of the live charts."""
+    current = state.get()
+    return None if current is None else _ask(current, livefeed.history, current)
+
+
+def view() -> domain.ClusterView | None:
+    """Workers and live requests now."""
+    current = state.get()
+
+    async def read(server: state.ServerState) -> domain.ClusterView:
+        return server.fleet.view()
+
+    return None if current is None else _ask(current, read, current)
+
+
+def worker(worker_id: str) -> domain.WorkerView | None:
+    """One worker by id."""
+    now = view()
+    known = () if now is None else now.workers
+    return next((found for found in known if found.worker_id == worker_id), None)
+
+
+def order(event: domain.RoleOrdered | domain.DrainOrdered) -> bool:
+    """Give an operator's order to the plane; False when no server took it."""
+    current = state.get()
+    if current is None:
+        return False
+
+    async def act(server: state.ServerState) -> bool:
+        server.fleet.handle(event)
+        return True
+
+    return _ask(current, act, current) is True
+
+
+def _ask(current: state.ServerState, function: Any, *args: Any) -> Any:
+    try:
+        return current.call(function, *args)
+    except CallTimeout:
+        return None

@@ -1,0 +1,192 @@
+"""Requests: those running now, the history with filters, and why one request went where it went."""
+
+import csv
+import io
+import json
+from datetime import datetime
+from typing import Any
+
+from django.core.serializers.json import DjangoJSONEncoder
+from django.db.models import Q, QuerySet
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.utils import timezone
+from django.utils.http import urlencode
+from django.views.decorators.http import require_safe
+
+from console import livefeed, waterfall
+from console.auth import operator_required
+from console.forms import RANGES, HistoryFilter, known_classes
+from console.models import RequestRecord, SLOClassRow
+from console.pages import cluster
+
+PAGE_ROWS = 50
+RECENT_ROWS = 15
+COUNT_MAX = 10_000  # rows counted and exported; more reads "more than"
+EXPORT_FIELDS = (
+    *("request_id", "tenant_id", "class_name", "model_id", "endpoint", "status", "finish_reason"),
+    *("error_code", "arrived_at", "queue_ms", "ttft_ms", "itl_ms_mean", "itl_ms_p99", "e2e_ms"),
+    *("prompt_tokens", "cached_tokens", "output_tokens", "split", "prefill_worker"),
+    *("decode_worker", "failovers", "cost_usd", "is_demo_history"),
+)
+
+
+@operator_required
+@require_safe
+def live(request: HttpRequest) -> HttpResponse:
+    """Requests in flight, filled by the live feed, and the last ones that ended."""
+    recent = RequestRecord.objects.filter(is_demo_history=False)[:RECENT_ROWS]
+    if request.GET.get("part") == "recent":
+        return render(request, "console/requests_live.html#recent", {"recent": recent})
+    view = cluster.view()
+    context = {
+        "page": "requests",
+        "rows": [] if view is None else livefeed.request_rows(view),
+        "recent": recent,
+        "is_serving": view is not None,
+    }
+    return render(request, "console/requests_live.html", context)
+
+
+@operator_required
+@require_safe
+def history(request: HttpRequest) -> HttpResponse:
+    """Ended requests, newest first; filters and the cursor stand in the query string."""
+    form = HistoryFilter(request.GET, class_names=known_classes())
+    filters = form.values()
+    found = matching(filters, timezone.now())
+    num_found = found[: COUNT_MAX + 1].count()
+    if request.GET.get("format") in ("csv", "json"):
+        return export(found[:COUNT_MAX], request.GET["format"])
+    rows = list(before(found, request.GET.get("before", ""))[: PAGE_ROWS + 1])
+    context = {
+        "page": "history",
+        "form": form,
+        "rows": rows[:PAGE_ROWS],
+        "num_found": min(num_found, COUNT_MAX),
+        "is_more": num_found > COUNT_MAX,
+        "is_first": not request.GET.get("before"),
+        "query": query_of(request),
+        "older": query_of(request, cursor(rows[PAGE_ROWS - 1])) if len(rows) > PAGE_ROWS else "",
+        "filters": filters,
+    }
+    is_part = bool(getattr(request, "htmx", False))
+    return render(request, f"console/requests_history.html{'#results' if is_part else ''}", context)
+
+
+def matching(filters: dict[str, Any], now: datetime) -> QuerySet[RequestRecord]:
+    """The records that pass the filters; a range counts back from `now`."""
+    found = RequestRecord.objects.all()
+    within = RANGES[filters["range"]]
+    if within is not None:
+        found = found.filter(arrived_at__gte=now - within)
+    if not filters.get("demo"):
+        found = found.filter(is_demo_history=False)
+    if filters.get("q"):
+        found = found.filter(request_id__startswith=filters["q"])
+    if filters.get("worker"):
+        worker = filters["worker"]
+        found = found.filter(Q(prefill_worker=worker) | Q(decode_worker=worker))
+    columns = {"status": "status", "split": "split", "tenant": "tenant_id", "class": "class_name"}
+    given = {column: filters[name] for name, column in columns.items() if filters.get(name)}
+    return found.filter(**given)
+
+
+def cursor(record: RequestRecord) -> str:
+    """Where the next page begins: after this record."""
+    return f"{record.arrived_at.isoformat()}~{record.pk}"
+
+
+def before(found: QuerySet[RequestRecord], text: str) -> QuerySet[RequestRecord]:
+    """Records older than a cursor; a cursor that cannot be read is the beginning."""
+    moment, _, key = text.partition("~")
+    try:
+        at, pk = datetime.fromisoformat(moment.replace(" ", "+")), int(key)
+        is_readable = at.tzinfo is not None and abs(pk) < 1 << 62
+    except ValueError:
+        is_readable = False
+    if not is_readable:
+        return found
+    return found.filter(Q(arrived_at__lt=at) | Q(arrived_at=at, pk__lt=pk))
+
+
+def query_of(request: HttpRequest, before_cursor: str = "") -> str:
+    """The query string with its filters, without empty ones, and with another cursor."""
+    kept = [(k, v) for k, v in request.GET.items() if v and k not in ("before", "format")]
+    return urlencode([*kept, ("before", before_cursor)] if before_cursor else kept)
+
+
+def export(found: QuerySet[RequestRecord], kind: str) -> HttpResponse:
+    """The matching rows as a file, at most COUNT_MAX of them."""
+    rows = list(found.values(*EXPORT_FIELDS))
+    if kind == "json":
+        text, content_type = json.dumps(rows, cls=DjangoJSONEncoder), "application/json"
+    else:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, EXPORT_FIELDS)
+        writer.writeheader()
+        writer.writerows({name: guarded(value) for name, value in row.items()} for row in rows)
+        text, content_type = buffer.getvalue(), "text/csv; charset=utf-8"
+    disposition = f'attachment; filename="requests.{kind}"'
+    return HttpResponse(
+        text, content_type=content_type, headers={"content-disposition": disposition}
+    )
+
+
+def guarded(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets a quote in front (OWASP)."""
+    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+    return f"'{value}" if is_formula else value
+
+
+@operator_required
+@require_safe
+def detail(request: HttpRequest, request_id: str) -> HttpResponse:
+    """One request: where its time went, each decision with its candidates, promise and outcome."""
+    record = RequestRecord.objects.filter(request_id=request_id).first()
+    if record is None:
+        running = running_row(request_id)
+        if running is None:
+            raise Http404(f"no request {request_id}")
+        return render(request, "console/request_live.html", {"page": "requests", "row": running})
+    slo = SLOClassRow.objects.filter(name=record.class_name).first()
+    target_ms = None if slo is None or slo.is_batch else slo.ttft_s_p99 * 1000
+    decisions = record.decision if isinstance(record.decision, list) else []
+    last_placed = next((d for d in reversed(decisions) if d.get("placement")), None)
+    context = {
+        "page": "history",
+        "record": record,
+        "bars": waterfall.bars(record, target_ms),
+        "target_ms": target_ms,
+        "itl_target_ms": None if slo is None or slo.is_batch else slo.itl_s_p99 * 1000,
+        "predicted_itl_s": None
+        if last_placed is None
+        else last_placed["placement"]["predicted_itl_s"],
+        "ttft_error": error_of(record.predicted_ttft_ms, record.ttft_ms),
+        "decisions": [decision_context(decision) for decision in decisions],
+    }
+    return render(request, "console/request.html", context)
+
+
+def running_row(request_id: str) -> dict[str, Any] | None:
+    """The request as the plane sees it, when it has not ended."""
+    view = cluster.view()
+    rows = [] if view is None else livefeed.request_rows(view)
+    return next((row for row in rows if row["request_id"] == request_id), None)
+
+
+def decision_context(decision: dict[str, Any]) -> dict[str, Any]:
+    """A stored decision with its chosen workers marked."""
+    placement = decision.get("placement") or {}
+    chosen = {placement.get("prefill_worker"), placement.get("decode_worker")} - {None}
+    return {**decision, "chosen": chosen}
+
+
+def error_of(predicted: float | None, measured: float | None) -> str:
+    """How far a prediction was off, in words."""
+    if predicted is None or measured is None:
+        return ""
+    if measured <= 0 or abs(predicted - measured) < 0.5:
+        return "as predicted"
+    off = (measured - predicted) / measured
+    return f"{abs(off) * 100:.0f} % {'slower' if off > 0 else 'faster'} than predicted"
