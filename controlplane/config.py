@@ -36,7 +36,6 @@ class ControlPlaneConfig:
     transfer_weight: float = 0.2  # of one transfer in the pair's running rate
     handoff_gain: float = 0.9  # transfer must cost less than this share of what it saves
     spill_share: float = 0.6  # local must be this much sooner when handoff misses its target
-    output_tokens_reserved: int = 256  # KV asked for beyond the prompt, at most
     sequences_max: int = 256  # online sequences on one worker
     batch_rows_max: int = 64  # batch sequences on one worker
     batch_kv_reserve: float = 0.1  # share of a worker's blocks that batch never takes

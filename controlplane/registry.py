@@ -282,7 +282,7 @@ class Registry:
         for worker_id in gone:
             del self.workers[worker_id]
 
-    def forgive(self, gap_s: float) -> None:
+    def forgive(self, gap_s: float, now_s: float) -> None:
         """Our own loop stood still for `gap_s`: nobody could be heard in that time."""
         for worker in self.workers.values():
-            worker.heard_at_s += gap_s
+            worker.heard_at_s = min(now_s, worker.heard_at_s + gap_s)

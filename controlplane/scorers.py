@@ -34,7 +34,9 @@ class Ask:
 
 
 def blocks_needed(worker: Worker, request: GenerateRequest, output_tokens: int) -> int:
-    return -(-(request.prompt_tokens + output_tokens) // worker.hello.block_tokens)
+    """A worker reserves all it may need at once; the last output id never needs KV."""
+    tokens = request.prompt_tokens + max(1, output_tokens) - 1
+    return -(-tokens // worker.hello.block_tokens)
 
 
 def prefill_s(
@@ -96,7 +98,7 @@ def measure(worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bo
     own_s = prefill_s(model, cached, request.prompt_tokens - cached, beside, itl_target_s)
     joined = beside.with_tokens(request.prompt_tokens, 1)
     itl_s = step_s(model, joined)
-    output = 1 if is_prefill else min(request.output_tokens_max, config.output_tokens_reserved)
+    output = 1 if is_prefill else request.output_tokens_max
     reason = ineligible_reason(worker, ask, config, output)
     ttft_s = queue_s + own_s
     return Candidate(

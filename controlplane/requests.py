@@ -1,0 +1,272 @@
+"""Every request from its submission to its one terminal state: answers, moves, releases.
+
+Requests submitted == completed + failed + cancelled + rejected + tracked here.
+"""
+
+from controlplane import decisions, domain, protocol
+from controlplane.admission import DRAINING_RETRY_S, RETRY_S, refuse_worker
+from controlplane.config import ControlPlaneConfig
+from controlplane.domain import Command, Decided, Rejected
+from controlplane.failover import Tracked
+from controlplane.placing import Placer
+from controlplane.planner import Planner
+from controlplane.registry import Registry, Worker
+
+REFUSALS_FINAL = ("too_long", "unknown_model")  # reasons that waiting does not mend
+Answer = (
+    protocol.Accepted
+    | protocol.Rejected
+    | protocol.HandoffReady
+    | protocol.HandoffDone
+    | protocol.HandoffFailed
+)
+
+
+class Requests:
+    """Owner of the tracked requests; appends to `commands`."""
+
+    def __init__(
+        self,
+        config: ControlPlaneConfig,
+        registry: Registry,
+        planner: Planner,
+        commands: list[Command],
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._commands = commands
+        self._num_by_tenant: dict[str, int] = {}  # online requests, waiting ones included
+        self.tracked: dict[str, Tracked] = {}
+        self._placer = Placer(config, registry, planner, self.tracked, commands)
+        self._room = self._placer.room
+        self.is_draining = False
+
+    def start_waiting(self, now_s: float) -> None:
+        """Start whatever can start now."""
+        self._placer.start_waiting(now_s)
+
+    def waiting_by_class(self) -> tuple[tuple[str, int], ...]:
+        return self._room.counts()
+
+    def submit(self, request: domain.GenerateRequest, now_s: float) -> None:
+        assert request.request_id not in self.tracked, f"{request.request_id} submitted twice"
+        tracked = Tracked(request, "queued", now_s)
+        if refused := self._refuse(request):
+            self._decide_rejected(tracked, refused, now_s)
+            return
+        self.tracked[request.request_id] = tracked
+        if not request.slo.is_batch:
+            count = self._num_by_tenant.get(request.tenant_id, 0)
+            self._num_by_tenant[request.tenant_id] = count + 1
+        self._room.enter(request, now_s)
+        self._placer.start_waiting(now_s)
+        if request.request_id in self._room:
+            self._placer.decide_queued(tracked, now_s)
+
+    def _refuse(self, request: domain.GenerateRequest) -> Rejected | None:
+        if self.is_draining:
+            return Rejected("draining", "the console is shutting down", DRAINING_RETRY_S)
+        running = self._num_by_tenant.get(request.tenant_id, 0)
+        if not request.slo.is_batch and running >= request.tenant_concurrency_max:
+            return Rejected(
+                "tenant_concurrency",
+                f"{running} requests of {request.tenant_id} are running or waiting, at most"
+                f" {request.tenant_concurrency_max}",
+                RETRY_S,
+            )
+        if len(self.tracked) >= self._config.requests_max:
+            return Rejected(
+                "queue_full",
+                f"{len(self.tracked)} requests are running or waiting, at most"
+                f" {self._config.requests_max}",
+                RETRY_S,
+            )
+        return refuse_worker(request, self._registry.workers.values()) or self._room.refuse_queue(
+            request.slo
+        )
+
+    def first_token(self, event: domain.FirstToken, now_s: float) -> None:
+        tracked = self.tracked.get(event.request_id)
+        if tracked is not None and tracked.phase == "prefill":
+            tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
+
+    def finished(self, event: domain.Finished) -> None:
+        """Cancelling is free where nothing runs any more, and a stop string ends a sequence that
+        its worker would go on with."""
+        tracked = self.tracked.get(event.request_id)
+        if tracked is None:
+            return
+        self._leave(tracked)
+        if event.request_id in self._room:
+            self._room.remove(tracked.request)
+        self._forget(tracked)
+
+    def stalled(self, event: domain.Stalled, now_s: float) -> None:
+        tracked = self.tracked.get(event.request_id)
+        if tracked is None or tracked.epoch != event.epoch or not tracked.workers():
+            return
+        worker_id = tracked.workers()[-1]
+        tracked.refused_by(worker_id, False, now_s, self._config)
+        self.move(tracked, worker_id, f"ids from {worker_id} stopped arriving", now_s)
+
+    def _leave(self, tracked: Tracked, without: str = "") -> None:
+        """Release what the current epoch holds, cancelling it everywhere but on `without`."""
+        for worker_id in tracked.workers():
+            worker = self._registry.workers.get(worker_id)
+            if worker is None or not worker.release(tracked.request_id):
+                continue
+            if worker_id != without and worker.status != "lost":
+                self._commands.append(
+                    domain.CancelSequence(worker_id, tracked.request_id, tracked.epoch)
+                )
+
+    def move(self, tracked: Tracked, lost: str, why: str, now_s: float) -> None:
+        """Its worker (or its handoff) failed: it waits, in front of all new work, for another."""
+        is_alone = not tracked.is_split_open
+        worker = self._registry.workers.get(lost)
+        is_gone = worker is not None and worker.status == "lost"
+        self._leave(tracked, lost if is_gone else "")
+        tracked.resumable_on = lost if is_gone and is_alone else ""
+        tracked.lost_worker, tracked.move_reason = lost, why
+        tracked.num_moves += 1
+        tracked.handoff_ready_at_s = None
+        tracked.enter_phase("orphaned", now_s)
+        if tracked.num_moves > self._config.moves_max:
+            text = f"lost its worker {tracked.num_moves} times, at most {self._config.moves_max}"
+            self._reject(tracked, Rejected("retries_exhausted", f"{text}; {why}", None), now_s)
+            return
+        self._room.enter_moving(tracked.request, now_s)
+
+    def _reject(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
+        self._decide_rejected(tracked, outcome, now_s)
+        self._forget(tracked)
+
+    def _forget(self, tracked: Tracked) -> None:
+        del self.tracked[tracked.request_id]
+        if tracked.request.slo.is_batch:
+            return
+        tenant_id = tracked.request.tenant_id
+        self._num_by_tenant[tenant_id] -= 1
+        if not self._num_by_tenant[tenant_id]:
+            del self._num_by_tenant[tenant_id]
+
+    def _decide_rejected(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
+        waited_s = max(0.0, now_s - tracked.request.arrived_at_s)
+        record = decisions.rejected(tracked.request_id, tracked.epoch, outcome, waited_s)
+        self._commands.append(Decided(tracked.request_id, outcome, record))
+
+    def answered(self, worker: Worker, message: Answer, now_s: float) -> None:
+        """A worker's word about a request; it counts when the worker holds the current epoch."""
+        tracked = self.tracked.get(message.request_id)
+        if (
+            tracked is None
+            or tracked.epoch != message.epoch
+            or worker.worker_id not in tracked.workers()
+        ):
+            return
+        match message:
+            case protocol.Accepted():
+                worker.accepted(tracked.request_id)
+            case protocol.Rejected():
+                self._on_refused(worker, tracked, message, now_s)
+            case protocol.HandoffReady():
+                tracked.handoff_ready_at_s = now_s
+                if tracked.phase == "prefill":
+                    tracked.enter_phase("transfer", now_s)
+            case protocol.HandoffDone():
+                self._on_handoff_done(worker, tracked, message, now_s)
+            case protocol.HandoffFailed():
+                why = f"handoff to {worker.worker_id} failed: {message.reason}"
+                if tracked.is_split_open:
+                    tracked.recompute_s = now_s - tracked.phase_at_s
+                    self.move(tracked, "", why, now_s)
+
+    def _on_refused(
+        self, worker: Worker, tracked: Tracked, message: protocol.Rejected, now_s: float
+    ) -> None:
+        """The worker is the authority on its KV: ask the next candidate."""
+        is_final = message.reason in REFUSALS_FINAL
+        self._leave(tracked, worker.worker_id)
+        tracked.refused_by(worker.worker_id, is_final, now_s, self._config)
+        tracked.move_reason = f"{worker.worker_id} refused it: {message.reason}"
+        tracked.enter_phase("queued", now_s)
+        serving = [
+            other.worker_id
+            for other in self._registry.workers.values()
+            if other.has_model(tracked.request.model_id)
+        ]
+        if all(tracked.avoid_until_s.get(name) == float("inf") for name in serving):
+            code = "prompt_too_long" if message.reason == "too_long" else "model_not_served"
+            text = f"every worker refused it, {worker.worker_id} last: {message.reason}"
+            self._reject(tracked, Rejected(code, text, None), now_s)
+            return
+        self._room.enter_moving(tracked.request, now_s)
+
+    def _on_handoff_done(
+        self, worker: Worker, tracked: Tracked, message: protocol.HandoffDone, now_s: float
+    ) -> None:
+        placement = tracked.placement
+        assert placement is not None
+        if not tracked.is_split_open or worker.worker_id != placement.decode_worker:
+            return
+        if prefill := self._registry.workers.get(placement.prefill_worker):
+            prefill.release(tracked.request_id)
+        pair = (placement.prefill_worker, placement.decode_worker)
+        if tracked.handoff_ready_at_s is not None:
+            # The message may count the wait for the prefill as well.
+            seconds = min(message.seconds, now_s - tracked.handoff_ready_at_s)
+            self._placer.rates.observe(pair, message.bytes, seconds)
+        self._placer.prefixes.insert(placement.decode_worker, tracked.request.block_hashes)
+        tracked.enter_phase("decode", now_s)
+        self._commands.append(
+            domain.HandoffCounted(tracked.request_id, message.bytes, message.seconds, 0)
+        )
+
+    def reattach(self, worker: Worker, now_s: float) -> None:
+        """Go on with the sequences that it still holds and that still count, drop the others."""
+        going_on = set()
+        for live in worker.hello.sequences:
+            tracked = self.tracked.get(live.request_id)
+            is_current = tracked is not None and tracked.epoch == live.epoch
+            if tracked is not None and is_current and tracked.resumable_on == worker.worker_id:
+                self._room.take(tracked.request)
+                tracked.resumable_on = tracked.lost_worker = tracked.move_reason = ""
+                tracked.enter_phase("decode", now_s)
+                self._placer.reserve(worker, tracked, "full", 0, is_reported=True)
+            if is_current and live.request_id in worker.reservations:
+                going_on.add(live.request_id)
+                self._commands.append(
+                    domain.Reattach(worker.worker_id, live.request_id, live.epoch)
+                )
+            else:
+                self._commands.append(
+                    domain.CancelSequence(worker.worker_id, live.request_id, live.epoch)
+                )
+        for request_id in [key for key in worker.reservations if key not in going_on]:
+            tracked = self.tracked[request_id]
+            self.move(tracked, worker.worker_id, f"{worker.worker_id} came back without it", now_s)
+
+    def expire(self, now_s: float) -> None:
+        """End requests that have waited for longer than their class allows."""
+        for request in self._room.overdue(now_s):
+            waited_s = self._room.waited_s(request.request_id, now_s)
+            self._room.remove(request)
+            text = f"waited {waited_s:.1f} s for a worker, the most its class allows"
+            outcome = Rejected("queue_timeout", text, RETRY_S)
+            self._reject(self.tracked[request.request_id], outcome, now_s)
+
+    def check_integrity(self) -> None:
+        """Conservation laws that hold between any two events."""
+        for worker in self._registry.workers.values():
+            worker.check_integrity()
+            assert worker.status != "lost" or not worker.reservations, worker.worker_id
+            for request_id in worker.reservations:
+                assert worker.worker_id in self.tracked[request_id].workers(), request_id
+        for tracked in self.tracked.values():
+            is_waiting = tracked.request_id in self._room
+            assert is_waiting == (tracked.phase in ("queued", "orphaned")), tracked
+            for worker_id in tracked.workers():
+                held = self._registry.workers[worker_id].reservations
+                assert tracked.request_id in held, (tracked.request_id, worker_id)
+        online = [item for item in self.tracked.values() if not item.request.slo.is_batch]
+        assert sum(self._num_by_tenant.values()) == len(online), self._num_by_tenant

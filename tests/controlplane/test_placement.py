@@ -1,0 +1,280 @@
+"""Where a new request goes: role, length, cached prefix, room, and the record that explains it."""
+
+import pytest
+
+from controlplane import domain, protocol
+from tests.controlplane.rig import Rig, of, placement, rejection
+from tests.factories import BATCH, MODEL, make_hello, make_load
+
+SPLIT = [("prefill", "w1"), ("decode", "w2")]
+
+
+def demo() -> Rig:
+    """The demo's two CPU workers."""
+    rig = Rig()
+    for role, worker_id in SPLIT:
+        assert rig.join(role) == worker_id
+    return rig
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 16, 48, 127])
+def test_short_prompt_stays_on_the_decode_worker(prompt_tokens):
+    commands = demo().submit(prompt_tokens=prompt_tokens)
+    placed = placement(commands)
+    assert (placed.split, placed.prefill_worker, placed.decode_worker) == ("local", "w2", "w2")
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 1, "full")]
+
+
+@pytest.mark.parametrize("prompt_tokens", [128, 256, 600, 2000])
+def test_long_prompt_is_handed_off_with_one_capability_for_both_sides(prompt_tokens):
+    commands = demo().submit(prompt_tokens=prompt_tokens)
+    placed = placement(commands)
+    assert (placed.split, placed.prefill_worker, placed.decode_worker) == ("handoff", "w1", "w2")
+    first, second = of(domain.Dispatch, commands)
+    assert (first.worker_id, first.stage, first.epoch) == ("w1", "prefill", 1)
+    assert (second.worker_id, second.stage, second.epoch) == ("w2", "decode", 1)
+    assert first.handoff_out.capability == second.handoff_in.capability
+    assert second.handoff_in.address == "127.0.0.1:9"
+
+
+def test_capabilities_differ_by_request():
+    rig = demo()
+    shown = {
+        of(domain.Dispatch, rig.submit(f"r{index}", prompt_tokens=300))[0].handoff_out.capability
+        for index in range(3)
+    }
+    assert len(shown) == 3
+
+
+def test_record_of_a_handoff_carries_the_numbers_that_decided():
+    record = of(domain.Decided, demo().submit(prompt_tokens=400))[0].record
+    assert record.outcome == "placed" and record.epoch == 1
+    assert record.uncached_tokens == 400 and record.handoff_threshold_tokens == 128
+    assert "400 uncached tokens reach the threshold of 128" in record.split_reason
+    assert "w1 computes the prompt, w2 decodes" in record.reason
+    rows = {row.worker_id: row for row in record.candidates}
+    assert set(rows) == {"w1", "w2"}
+    # 400 tokens at 3 ms, in chunks of at most 200 ms with a base of 45 ms each
+    assert rows["w1"].prefill_s == pytest.approx(400 * 0.003 + 8 * 0.045, abs=0.02)
+    # 20 ms and 400 · 46,080 bytes at 200 MB/s
+    assert rows["w1"].transfer_s == pytest.approx(0.02 + 400 * 46_080 / 200e6)
+    assert rows["w2"].transfer_s == 0.0
+    assert rows["w1"].ttft_s == record.placement.predicted_ttft_s
+    assert rows["w1"].ttft_s == pytest.approx(
+        rows["w1"].queue_s + rows["w1"].prefill_s + rows["w1"].transfer_s
+    )
+    assert rows["w2"].itl_s == record.placement.predicted_itl_s == pytest.approx(0.048, abs=1e-3)
+
+
+def test_steady_demo_mix_is_split_by_length_alone():
+    rig = demo()
+    for index in range(40):
+        long = index % 2 == 0
+        commands = rig.submit(f"r{index}", prompt_tokens=256 + 8 * index if long else 48)
+        assert placement(commands).split == ("handoff" if long else "local")
+        for dispatch in of(domain.Dispatch, commands):
+            rig.accept(dispatch)
+        rig.tick(1.5, heard=("w1", "w2"))
+        if long:
+            rig.send("w1", protocol.HandoffReady(f"r{index}", 1, 20, 10**7))
+            rig.now_s += 0.1
+            rig.send("w2", protocol.HandoffDone(f"r{index}", 1, 20, 10**7, 0.1))
+        rig.finish(f"r{index}")
+    assert of(domain.PlanChanged, rig.commands) == []
+    assert len(of(domain.HandoffCounted, rig.commands)) == 20
+
+
+def test_slow_measured_transfer_keeps_prompts_local():
+    rig = demo()
+    for index in range(30):
+        commands = rig.submit(f"r{index}", prompt_tokens=400)
+        if placement(commands).split == "local":
+            break
+        rig.send("w1", protocol.HandoffReady(f"r{index}", 1, 25, 18_432_000))
+        rig.tick(4.0, heard=("w1", "w2"))
+        rig.send("w2", protocol.HandoffDone(f"r{index}", 1, 25, 18_432_000, 9.0))
+        rig.finish(f"r{index}")
+    record = of(domain.Decided, commands)[0].record
+    assert "costs more than it saves" in record.split_reason
+
+
+def test_long_prompt_spills_to_the_decode_worker_when_prefill_is_far_behind():
+    rig = demo()
+    rig.send("w1", make_load(running_online=3, prefill_tokens_waiting=1400))
+    record = of(domain.Decided, rig.submit(prompt_tokens=300))[0].record
+    assert record.placement.split == "local"
+    assert "stay local" in record.split_reason and "target 4.00 s" in record.split_reason
+
+
+def test_cached_prefix_counts_as_computed():
+    rig = demo()
+    hashes = tuple(bytes([index]) * 32 for index in range(12))  # 192 tokens
+    first = of(domain.Decided, rig.submit("r1", prompt_tokens=40, block_hashes=hashes[:2]))[0]
+    assert first.record.candidates[0].cached_tokens == 0
+    rig.submit("r2", prompt_tokens=100, block_hashes=hashes[:6])
+    record = of(domain.Decided, rig.submit("r3", prompt_tokens=200, block_hashes=hashes))[0].record
+    assert record.placement.split == "local", "104 uncached tokens are below the floor of 128"
+    assert record.uncached_tokens == 104 and record.candidates[0].cached_tokens == 96
+
+
+def test_last_prompt_token_is_always_computed():
+    rig = demo()
+    hashes = tuple(bytes([index]) * 32 for index in range(2))
+    rig.submit("r1", prompt_tokens=32, block_hashes=hashes)
+    record = of(domain.Decided, rig.submit("r2", prompt_tokens=32, block_hashes=hashes))[0].record
+    assert record.candidates[0].cached_tokens == 16
+
+
+def test_load_spreads_over_equal_workers_before_they_report():
+    rig = Rig()
+    rig.join("mixed"), rig.join("mixed")
+    where = [
+        placement(rig.submit(f"r{index}", prompt_tokens=100)).decode_worker for index in range(6)
+    ]
+    assert where == ["w1", "w2"] * 3
+
+
+def test_prefill_tokens_given_but_not_reported_count_as_wait():
+    rig = demo()
+    commands = rig.submit("r1", prompt_tokens=500)
+    rows = of(domain.Decided, rig.submit("r2", prompt_tokens=500))[0].record.candidates
+    waits = {row.worker_id: row.queue_s for row in rows}
+    assert waits["w1"] > 500 * 0.003
+    for dispatch in of(domain.Dispatch, commands):
+        rig.accept(dispatch)
+    rig.send("w1", make_load(prefill_tokens_waiting=0))
+    rig.finish("r2")
+    rows = of(domain.Decided, rig.submit("r3", prompt_tokens=500))[0].record.candidates
+    assert {row.worker_id: row.queue_s for row in rows}["w1"] == 0.0, "its report includes r1"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_single_worker_of_any_role_serves_everything(role):
+    rig = Rig()
+    rig.join(role)
+    record = of(domain.Decided, rig.submit(prompt_tokens=600))[0].record
+    assert record.placement.split == "local"
+    assert "is live" in record.split_reason
+    assert "serves" in rig.worker("w1").exception
+
+
+def test_no_exception_while_both_roles_are_live():
+    rig = demo()
+    assert [rig.worker(worker_id).exception for _, worker_id in SPLIT] == ["", ""]
+
+
+def test_mixed_worker_takes_prompts_of_any_length():
+    rig = Rig()
+    rig.join("mixed")
+    assert placement(rig.submit(prompt_tokens=600)).split == "local"
+    assert rig.worker("w1").exception == ""
+
+
+def test_worker_without_handoff_address_is_mixed_only():
+    rig = Rig()
+    commands = rig.hello(make_hello("prefill", handoff_address=None))
+    assert of(domain.SendRole, commands) == [domain.SendRole("w1", "mixed")]
+    assert rig.worker("w1").role == "mixed"
+    assert rig.handle(domain.RoleOrdered("w1", "prefill", "ann")) == []
+
+
+@pytest.mark.parametrize("facts", [{"block_tokens": 32}, {"dtype": "bf16"}])
+def test_workers_with_other_kv_do_not_hand_off(facts):
+    rig = Rig()
+    rig.join("prefill")
+    rig.join("decode", **facts)
+    record = of(domain.Decided, rig.submit(prompt_tokens=600))[0].record
+    assert record.placement.split == "local"
+    assert "does not fit" in record.split_reason
+
+
+def test_batch_line_goes_to_the_worker_with_fewest_batch_lines_of_any_role():
+    rig = demo()
+    where = [
+        placement(rig.submit(f"b{index}", slo=BATCH, prompt_tokens=200)).decode_worker
+        for index in range(4)
+    ]
+    assert where == ["w1", "w2", "w1", "w2"]
+
+
+def test_emptying_the_batch_queue_changes_no_online_decision():
+    records = []
+    for num_batch in (0, 30):
+        rig = demo()
+        for index in range(num_batch):
+            rig.submit(f"b{index}", slo=BATCH, prompt_tokens=200)
+        decided = of(domain.Decided, rig.submit("r1", prompt_tokens=300))[0]
+        records.append((decided.outcome, decided.record.split_reason))
+    assert records[0] == records[1]
+
+
+def test_kv_held_by_batch_counts_as_free_for_online_work_only():
+    rig = Rig()
+    rig.join("mixed", num_blocks=100)
+    rig.send("w1", make_load(kv_blocks_free=0, kv_blocks_held_batch=100))
+    assert placement(rig.submit("r1", prompt_tokens=100)).decode_worker == "w1"
+    decided = of(domain.Decided, rig.submit("b1", slo=BATCH, prompt_tokens=100))[0]
+    assert isinstance(decided.outcome, domain.Queued)
+
+
+def test_batch_leaves_a_reserve_of_kv_blocks():
+    rig = Rig(batch_kv_reserve=0.1)
+    rig.join("mixed", num_blocks=100)
+    facts = {"slo": BATCH, "output_tokens_max": 1}
+    first = of(domain.Decided, rig.submit("b1", prompt_tokens=90 * 16, **facts))[0]
+    assert isinstance(first.outcome, domain.Placed)
+    second = of(domain.Decided, rig.submit("b2", prompt_tokens=16, **facts))[0]
+    assert isinstance(second.outcome, domain.Queued)
+    assert "needs 1 KV blocks, 0 free" in second.record.reason
+
+
+def test_blocks_given_but_not_reported_are_not_given_twice():
+    rig = Rig()
+    rig.join("mixed", num_blocks=10)
+    assert placement(rig.submit("r1", prompt_tokens=80, output_tokens_max=1))
+    assert placement(rig.submit("r2", prompt_tokens=80, output_tokens_max=1))
+    decided = of(domain.Decided, rig.submit("r3", prompt_tokens=1, output_tokens_max=1))[0]
+    assert isinstance(decided.outcome, domain.Queued)
+    started = rig.finish("r1")
+    assert placement(started).decode_worker == "w1"
+
+
+def test_prompt_longer_than_the_model_is_rejected():
+    rig = demo()
+    outcome = rejection(rig.submit(prompt_tokens=MODEL.max_model_len))
+    assert outcome.code == "prompt_too_long" and "at most 2047" in outcome.message
+    assert placement(rig.submit("r2", prompt_tokens=MODEL.max_model_len - 1, output_tokens_max=1))
+
+
+def test_request_that_no_kv_cache_could_hold_is_rejected():
+    rig = Rig()
+    rig.join("mixed", num_blocks=4)
+    assert rejection(rig.submit("r1", prompt_tokens=64, output_tokens_max=2)).code == (
+        "prompt_too_long"
+    )
+    assert placement(rig.submit("r2", prompt_tokens=64, output_tokens_max=1))
+
+
+def test_unknown_model_and_empty_cluster_are_told_apart():
+    rig = Rig()
+    assert rejection(rig.submit("r1")).code == "no_worker"
+    rig.join("mixed")
+    assert rejection(rig.submit("r2", model_id="other")).code == "model_not_served"
+
+
+def test_batch_line_waits_for_a_worker_that_serves_its_model():
+    rig = Rig()
+    decided = of(domain.Decided, rig.submit("b1", slo=BATCH))[0]
+    assert isinstance(decided.outcome, domain.Queued)
+    commands = rig.hello(make_hello("mixed"))
+    assert placement(commands).decode_worker == "w1"
+
+
+def test_records_name_at_most_the_configured_candidates_the_chosen_ones_first():
+    rig = Rig(candidates_max=3)
+    for _ in range(6):
+        rig.join("decode")
+    rig.join("prefill")
+    record = of(domain.Decided, rig.submit(prompt_tokens=400))[0].record
+    assert len(record.candidates) == 3
+    assert {row.worker_id for row in record.candidates[:2]} == {"w7", "w1"}
