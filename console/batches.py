@@ -183,7 +183,9 @@ class BatchFeeder:
         self._paused_until_s[model_id] = time.monotonic() + pause_s
 
     async def _answer(self, line: ClaimedLine) -> Answer | NotNow:
-        spec = batchlines.spec_of_line(line, self._snapshot.current, self._tokenizers)
+        spec = await asyncio.to_thread(
+            batchlines.spec_of_line, line, self._snapshot.current, self._tokenizers
+        )
         if isinstance(spec, ApiError):
             return batchlines.of_error(spec)
         return batchlines.of_outcome(line, await self._gateway.collect(spec))

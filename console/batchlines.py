@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -10,9 +10,11 @@ import msgspec
 from console.apierrors import ApiError, invalid, of_rejection
 from console.batchclaims import ClaimedLine
 from console.gateway import Completion, GenerateSpec, Refusal
-from console.requests import parse_chat, parse_completion
+from console.requests import parse_chat, parse_completion, spec_of
 from console.snapshot import Snapshot
+from console.sse import Envelope, GenerateEndpoint, body_json
 from console.tokens import Tokenizers
+from controlplane.errors import ConfigError
 
 CHAT_URL = "/v1/chat/completions"
 STATUS_TRANSIENT = (429, 500, 502, 503, 504)  # another try later can help
@@ -49,7 +51,10 @@ def spec_of_line(
     if batch_class is None:
         return ApiError(500, "no_batch_class", "No SLO class has the tier batch.")
     parse = parse_chat if line.url == CHAT_URL else parse_completion
-    parsed = parse(line.body, snapshot, tokenizers, tenant)
+    try:
+        parsed = parse(line.body, snapshot, tokenizers, tenant)
+    except ConfigError as error:  # the model's folder is unreadable now
+        return ApiError(503, "model_unavailable", str(error))
     if isinstance(parsed, ApiError):
         return parsed
     if parsed.stream:
@@ -57,19 +62,12 @@ def spec_of_line(
     sampling = parsed.sampling
     if not parsed.is_seeded:
         sampling = msgspec.structs.replace(sampling, seed=_seed(line))
-    return GenerateSpec(
-        tenant=tenant,
-        key_id="",
-        model_id=parsed.model.model_id,
-        tokenizer=parsed.tokenizer,
+    return replace(
+        spec_of(parsed, tenant, "", "batch"),
         slo=batch_class.slo,
         service_tier="batch",
-        endpoint="batch",
-        prompt_ids=parsed.prompt_ids,
         sampling=sampling,
         is_seeded=True,
-        stop=parsed.stop,
-        stream=False,
         is_batch=True,
     )
 
@@ -79,10 +77,12 @@ def of_outcome(line: ClaimedLine, outcome: Completion | Refusal) -> Answer | Not
     if isinstance(outcome, Refusal):
         error = of_rejection(outcome.rejected, "batch")
         return NotNow(error.code) if error.status in STATUS_TRANSIENT else of_error(error)
+    endpoint: GenerateEndpoint = "chat" if line.url == CHAT_URL else "completions"
+    envelope = Envelope(endpoint, outcome.request_id, line.model_id, "batch", int(time.time()))
     response = {
         "status_code": 200,
         "request_id": outcome.request_id,
-        "body": _body(line, outcome),
+        "body": body_json(envelope, outcome),
     }
     return Answer("completed", outcome.request_id, response, None)
 
@@ -98,34 +98,3 @@ def of_error(error: ApiError) -> Answer | NotNow:
 def _seed(line: ClaimedLine) -> int:
     digest = hashlib.sha256(f"{line.batch_id}|{line.custom_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _body(line: ClaimedLine, outcome: Completion) -> dict[str, Any]:
-    """The object that the endpoint answers with."""
-    usage = {
-        "prompt_tokens": outcome.usage.prompt_tokens,
-        "completion_tokens": outcome.usage.output_tokens,
-        "total_tokens": outcome.usage.prompt_tokens + outcome.usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": outcome.usage.cached_tokens},
-    }
-    choice: dict[str, Any] = {
-        "index": 0,
-        "finish_reason": outcome.finish_reason,
-        "logprobs": None,
-    }
-    if line.url == CHAT_URL:
-        prefix, kind = "chatcmpl", "chat.completion"
-        choice["message"] = {"role": "assistant", "content": outcome.text, "refusal": None}
-    else:
-        prefix, kind = "cmpl", "text_completion"
-        choice["text"] = outcome.text
-    return {
-        "id": f"{prefix}-{outcome.request_id}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": line.model_id,
-        "choices": [choice],
-        "usage": usage,
-        "service_tier": "batch",
-        "system_fingerprint": None,
-    }
