@@ -17,6 +17,7 @@ from console.live import LiveStats
 from console.metrics import Metrics
 from console.snapshot import SnapshotKeeper
 from console.tokens import Tokenizers
+from console.workerprocs import WorkerProcs
 from console.writer import FactWriter
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class ServerState:
     writer: FactWriter
     tokenizers: Tokenizers
     batches: BatchFeeder
+    workers: WorkerProcs  # the processes that this server started
     port: int
     profile: str  # local or public
     started_at_s: float  # on the fleet's clock

@@ -1,0 +1,242 @@
+"""`manage.py serve`: the whole console in one process, and workers of this machine beside it."""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.core.management import call_command
+from django.core.management.base import BaseCommand, CommandError
+from django.db import connection
+
+from console import demo, state
+from console.batches import BatchFeeder
+from console.daphneserver import event_loop
+from console.fleet import Fleet
+from console.gateway import Gateway
+from console.live import LiveStats
+from console.metrics import Metrics
+from console.models import Model
+from console.models.fleet import ensure_default_classes
+from console.serving import Serving, say
+from console.snapshot import SnapshotKeeper
+from console.tokens import Tokenizers
+from console.workerprocs import WorkerProcs, WorkerSpec, parse_workers
+from console.writer import FactWriter
+from controlplane.config import ControlPlaneConfig
+from controlplane.errors import ConfigError
+from controlplane.plane import ControlPlane
+
+MODELLED_MODEL_ID = "modelled-8b"
+MODELLED_PROFILE = "cpu-fast"
+MODELLED_MODEL_LEN = 32_768
+FLEET_PROFILE = "h200-8b"
+FLEET_MAX = 512
+SMALL_MACHINE_CORES = 8  # at or below: workers step back for the server (nice)
+STATIC_PACKAGES = (
+    "django",
+    "djangorestframework",
+    "drf-spectacular-sidecar",
+    "django-htmx",
+    "plotly",
+)
+STATIC_STAMP = ".versions"
+
+
+class Command(BaseCommand):
+    help = "Serve the API, the console and the control plane; start workers of this machine"
+    requires_system_checks: list[str] = []
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--bind", default="127.0.0.1", help="address to listen on")
+        add("--port", type=int, default=8000, help="0 takes a free one")
+        add("--workers", default="", help="started here, e.g. prefill=1,decode=1")
+        add("--engine", choices=("native", "fake"), default="native")
+        add("--model", default="", metavar="DIR", help="model folder of native workers")
+        add("--model-id", default="", help="name in requests (default: the folder's name)")
+        add("--profile", default=MODELLED_PROFILE, help="step times of the fake engine")
+        add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+        add("--numerics", choices=("exact", "fast"), default="exact")
+        add("--demo", action="store_true", help="the demo: small real model, two workers, load")
+        add("--fleet", type=int, default=0, metavar="N", help="add N modelled H200 workers")
+        add("--no-migrate", action="store_true", help="leave the database as it is")
+        add("--no-restart-workers", action="store_true", help="a worker that ended stays away")
+        add("--drain-seconds", type=float, default=20.0, help="for running requests at the end")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        sys.stdout.reconfigure(line_buffering=True)
+        show = demo.prepare(options) if options["demo"] else None
+        check_port(options["bind"], options["port"])
+        try:
+            specs = worker_specs(options)
+        except ConfigError as error:
+            raise CommandError(str(error)) from None
+        prepare(options, specs)
+        if show is not None:
+            show.seed(options["port"])
+        current = compose(options, specs)
+        serving = Serving(current, options["drain_seconds"], lambda: start(serving, options, show))
+        state.current = current
+        failure = serving.run(options["bind"], options["port"])
+        current.snapshot.stop()
+        current.writer.stop()
+        if failure:
+            raise CommandError(f"cannot listen on {options['bind']}:{options['port']}: {failure}")
+        if show is not None:
+            show.finish(current)
+        if serving.is_failed:
+            sys.exit(1)
+
+
+def check_port(host: str, port: int) -> None:
+    """A busy port is said before anything is started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise CommandError(
+                    f"port {port} is in use: stop what listens there, or choose another with --port"
+                ) from None
+            raise CommandError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def worker_specs(options: dict[str, Any]) -> list[WorkerSpec]:
+    """One spec for each worker process. Raises ConfigError."""
+    roles = parse_workers(options["workers"])
+    cores = os.cpu_count() or 1
+    common: dict[str, Any] = {
+        "engine": options["engine"],
+        "dtype": options["dtype"],
+        "numerics": options["numerics"],
+        "threads": 1 if cores <= SMALL_MACHINE_CORES else max(1, cores // (2 * len(roles) or 1)),
+        "nice": 5 if cores <= SMALL_MACHINE_CORES else 0,
+    }
+    if options["engine"] == "fake":
+        common["model_id"] = options["model_id"] or MODELLED_MODEL_ID
+        common["profile"] = options["profile"]
+    elif roles:
+        folder = Path(options["model"]).expanduser()
+        if not options["model"] or not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"--model={options['model']}: expected a folder with model.safetensors, config.json"
+                " and tokenizer.json (make one with python -m gpuworkers.convert)"
+            )
+        common["model_dir"] = str(folder.resolve())
+        common["model_id"] = options["model_id"] or folder.resolve().name
+    specs = [WorkerSpec(role=role, **common) for role in roles]
+    if not 0 <= options["fleet"] <= FLEET_MAX:
+        raise ConfigError(f"--fleet={options['fleet']}: expected 0 to {FLEET_MAX}")
+    if options["fleet"]:
+        modelled: dict[str, Any] = {"engine": "fake", "model_id": MODELLED_MODEL_ID}
+        specs.append(
+            WorkerSpec(role="mixed", count=options["fleet"], profile=FLEET_PROFILE, **modelled)
+        )
+    return specs
+
+
+def prepare(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> None:
+    """Database, static files and the rows of the models that our workers will serve."""
+    if not options["no_migrate"] and connection.vendor == "sqlite":
+        call_command("migrate", interactive=False, verbosity=0)
+    collect_static()
+    ensure_default_classes()
+    for spec in specs:
+        max_model_len = MODELLED_MODEL_LEN
+        if spec.model_dir:
+            config = json.loads((Path(spec.model_dir) / "config.json").read_text())
+            max_model_len = int(config["max_position_embeddings"])
+        Model.objects.update_or_create(
+            model_id=spec.model_id,
+            defaults={"folder": spec.model_dir, "max_model_len": max_model_len},
+        )
+
+
+def collect_static() -> None:
+    """Collect once for each set of package versions and own files."""
+    digest = hashlib.sha256()
+    for name in STATIC_PACKAGES:
+        digest.update(f"{name}={importlib.metadata.version(name)};".encode())
+    own = Path(__file__).resolve().parents[2] / "static"
+    for path in sorted(own.rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(own)};".encode() + path.read_bytes())
+    stamp = Path(settings.STATIC_ROOT) / STATIC_STAMP
+    if stamp.exists() and stamp.read_text() == digest.hexdigest():
+        return
+    say("collecting static files")
+    call_command("collectstatic", interactive=False, verbosity=0)
+    stamp.write_text(digest.hexdigest())
+
+
+def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.ServerState:
+    """Make the parts and join them; threads of writer and snapshot start here."""
+    writer, metrics, snapshot, tokenizers = FactWriter(), Metrics(), SnapshotKeeper(), Tokenizers()
+    plane = ControlPlane(ControlPlaneConfig(), settings.SLACKWATER_PLANE_SECRET)
+    fleet = Fleet(plane, metrics, writer)
+    live = LiveStats(
+        classes=lambda: [facts.slo for facts in snapshot.current.classes.values()],
+        view=fleet.view,
+        gpu_hour_usd=settings.GPU_HOUR_USD,
+        clock=time.monotonic,
+    )
+    fleet.live = live
+    gateway = Gateway(fleet, live, metrics, writer)
+    snapshot.start()
+    writer.start()
+    current = state.ServerState(
+        loop=event_loop(),
+        fleet=fleet,
+        gateway=gateway,
+        live=live,
+        metrics=metrics,
+        snapshot=snapshot,
+        writer=writer,
+        tokenizers=tokenizers,
+        batches=BatchFeeder(gateway, writer, snapshot, tokenizers),
+        workers=WorkerProcs(
+            specs=specs,
+            join_url=lambda: f"ws://{address(options, current)}/ws/worker",
+            mint_token=fleet.mint_join_token,
+            logs_dir=settings.SLACKWATER_VAR / "logs",
+            environ=os.environ,
+            restart=not options["no_restart_workers"],
+        ),
+        port=options["port"],
+        profile=settings.SLACKWATER_PROFILE,
+        started_at_s=time.monotonic(),
+    )
+    return current
+
+
+def address(options: dict[str, Any], current: state.ServerState) -> str:
+    """host:port where this server reaches itself; the port is known once it listens."""
+    host = options["bind"] if options["bind"] not in ("0.0.0.0", "::") else "127.0.0.1"
+    return f"[{host}]:{current.port}" if ":" in host else f"{host}:{current.port}"
+
+
+async def start(serving: Serving, options: dict[str, Any], show: demo.Demo | None) -> None:
+    """The server listens: say where, start the workers and the demo."""
+    current = serving.state
+    base = address(options, current)
+    say(f"console   http://{base}/")
+    say(f"API       http://{base}/v1")
+    say(f"health    http://{base}/readyz   metrics http://{base}/metrics")
+    await current.workers.start()
+    names = [proc.name for proc in current.workers.views()]
+    say(f"workers   {', '.join(names) or 'none: start one with python -m gpuworkers --join …'}")
+    say("stop with Ctrl-C")
+    if show is not None:
+        show.launch(current, serving.begin_drain)
