@@ -7,9 +7,20 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
+
+
+def is_sound(model: protocol.StepModel) -> bool:
+    """A step takes time, and more work never takes less."""
+    return (
+        isfinite(model.base_s + model.per_token_s + model.per_context_token_s)
+        and model.base_s > 0.0
+        and model.per_token_s >= 0.0
+        and model.per_context_token_s >= 0.0
+    )
 
 
 @dataclass(slots=True)
@@ -85,7 +96,16 @@ class Worker:
             reservation.is_accepted = True
 
     def report(self, load: protocol.WorkerLoad) -> None:
-        """Take the worker's own numbers; what it had accepted before is part of them."""
+        """Take the worker's own numbers; what it had accepted before is part of them.
+
+        Numbers that cannot be are left aside: predictions go on with the last that could."""
+        if not (
+            is_sound(load.step_model)
+            and isfinite(load.predicted_s + load.measured_s + load.online_s)
+            and min(load.predicted_s, load.measured_s, load.online_s) >= 0.0
+            and min(load.prefill_tokens_waiting, load.kv_blocks_free, load.kv_blocks_cached) >= 0
+        ):
+            return
         self.load = load
         for request_id in [key for key, held in self.unreported.items() if held.is_accepted]:
             self.unreported.pop(request_id).is_reported = True
@@ -225,7 +245,7 @@ class Registry:
                 f"{len(hello.models)} models, {hello.num_blocks} blocks of"
                 f" {hello.block_tokens} tokens: nothing to serve"
             )
-        if hello.step_model.base_s <= 0 or hello.step_model.per_token_s < 0:
+        if not is_sound(hello.step_model):
             return protocol.Refused(f"step model {hello.step_model} predicts no time")
         own_id = ""
         if hello.resume is not None:

@@ -64,7 +64,7 @@ def route(
         missing = "no prefill worker is live"
     options = _ranked(decoders, ask, config, is_prefill=False)
     if not options or not options[0].candidate.eligible:
-        return _nowhere(options, config)
+        return _nowhere(options, workers, config)
     local = options[0]
     if not can_split or not prefillers:
         why = missing or "a request that moves is computed where it goes on"
@@ -129,7 +129,7 @@ def _route_batch(ask: Ask, workers: Sequence[Worker], config: ControlPlaneConfig
     options = _ranked(workers, ask, config, is_prefill=False)
     able = [option for option in options if option.candidate.eligible]
     if not able:
-        return _nowhere(options, config)
+        return _nowhere(options, workers, config)
     best = min(
         able, key=lambda option: (option.worker.num_batch, option.worker.num_online, option.order)
     )
@@ -182,9 +182,11 @@ def _settle(
     return Route(placement, reason, why, rows, uncached, threshold, first.queue_s)
 
 
-def _nowhere(options: Sequence[_Option], config: ControlPlaneConfig) -> Route:
+def _nowhere(
+    options: Sequence[_Option], workers: Sequence[Worker], config: ControlPlaneConfig
+) -> Route:
     rows = tuple(option.candidate for option in options[: config.candidates_max])
-    reason = "no live worker serves the model"
-    if rows:
-        reason = "; ".join(f"{row.worker_id}: {row.reason}" for row in rows[:3])
-    return Route(None, reason, "", rows, 0, 0, 0.0)
+    why = [f"{row.worker_id}: {row.reason}" for row in rows]
+    if not why:
+        why = [f"{worker.worker_id}: {worker.status}" for worker in workers]
+    return Route(None, "; ".join(why[:3]) or "no worker serves the model", "", rows, 0, 0, 0.0)

@@ -12,6 +12,7 @@ from controlplane.protocol import StepModel
 from controlplane.registry import Worker
 
 TTFT_WEIGHT = 0.7  # start value: TTFT differs more between workers than a step does
+ROOM_S_MIN = 1e-3  # of a step, for prompts, however strict the ITL target is
 ROOM_SHARE_MIN = 0.1  # of the ITL target: a late decode row slows a prompt, it does not stop it
 
 
@@ -51,7 +52,7 @@ def prefill_s(
     work_s = model.per_token_s * tokens
     work_s += model.per_context_token_s * passes * (start + (tokens + 1) // 2)
     fixed_s = max(model.base_s, step_s(model, beside))
-    room_s = max(itl_s - fixed_s, ROOM_SHARE_MIN * itl_s)
+    room_s = max(itl_s - fixed_s, ROOM_SHARE_MIN * itl_s, ROOM_S_MIN)
     num_steps = max(1, int(-(-work_s // room_s)))
     return num_steps * fixed_s + work_s
 

@@ -1,0 +1,336 @@
+"""A request survives its worker: continuation elsewhere, re-attachment, retry budget, handoffs."""
+
+import pytest
+
+from controlplane import domain, protocol
+from tests.controlplane.rig import Rig, of, rejection
+from tests.factories import INTERACTIVE, make_hello, make_load
+
+LIVE = protocol.LiveSequence
+
+
+def demo() -> Rig:
+    rig = Rig()
+    rig.join("prefill"), rig.join("decode")
+    return rig
+
+
+def test_closed_connection_moves_the_request_at_once_under_a_new_epoch():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit()
+    commands = rig.close("w1")
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    assert of(domain.FailoverCounted, commands) == [domain.FailoverCounted("r1", "w1", 2)]
+    (decided,) = of(domain.Decided, commands)
+    assert decided.outcome.epoch == 2
+    assert decided.record.reason.startswith("w1 closed its connection; w2 computes and decodes")
+    assert of(domain.CancelSequence, commands) == []
+
+
+def test_all_requests_of_a_lost_worker_move_in_order_of_rank_and_arrival():
+    rig = Rig()
+    rig.join("decode")
+    slow = domain.SLOClass("flex", 2, 10.0, 0.2)
+    rig.submit("r1", slo=slow)
+    for index in (2, 3):
+        rig.now_s += 0.1
+        rig.submit(f"r{index}")
+    rig.join("decode")
+    moved = [dispatch.request_id for dispatch in of(domain.Dispatch, rig.close("w1"))]
+    assert moved == ["r2", "r3", "r1"]
+
+
+def test_silent_worker_loses_its_requests_to_another():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit()
+    commands = rig.tick(3.2, heard=("w2",))
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    assert of(domain.CloseWorker, commands)[0].worker_id == "w1"
+
+
+@pytest.mark.parametrize("lost", ["w1", "w2"])
+def test_with_no_worker_of_a_role_left_the_other_serves_both(lost):
+    rig = demo()
+    rig.submit("long", prompt_tokens=400)
+    rig.submit("short", prompt_tokens=30)
+    other = "w2" if lost == "w1" else "w1"
+    rig.close(lost)
+    for request_id in ("long", "short", "new"):
+        if request_id == "new":
+            rig.submit("new", prompt_tokens=500)
+        view = rig.request(request_id)
+        assert view.placement.split == "local" and view.placement.decode_worker == other
+    assert rig.worker(other).exception.startswith("serves ")
+
+
+@pytest.mark.parametrize("has_first_token", [False, True])
+@pytest.mark.parametrize("lost", ["w1", "w2"])
+def test_loss_of_either_side_before_the_transfer_starts_the_request_anew(lost, has_first_token):
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    if has_first_token:
+        rig.handle(domain.FirstToken("r1", 1.0))
+        assert rig.request().phase == "transfer"
+    other = "w2" if lost == "w1" else "w1"
+    commands = rig.close(lost)
+    assert of(domain.CancelSequence, commands) == [domain.CancelSequence(other, "r1", 1)]
+    assert of(domain.Dispatch, commands) == [domain.Dispatch(other, "r1", 2, "full")]
+    assert len(of(domain.FailoverCounted, commands)) == 1
+    assert of(domain.HandoffCounted, commands) == []
+
+
+def test_loss_of_the_prefill_worker_after_the_transfer_has_no_effect():
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    rig.send("w1", protocol.HandoffReady("r1", 1, 25, 1000))
+    assert rig.request().phase == "transfer"
+    commands = rig.send("w2", protocol.HandoffDone("r1", 1, 25, 1000, 0.2))
+    assert commands == [domain.HandoffCounted("r1", 1000, 0.2, 0)]
+    assert rig.request().phase == "decode" and rig.worker("w1").requests == 0
+    assert rig.close("w1") == []
+    assert rig.request().epoch == 1
+    assert of(domain.Dispatch, rig.close("w2")) == []
+
+
+def test_failed_handoff_is_computed_again_and_counted():
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    rig.send("w1", protocol.HandoffReady("r1", 1, 25, 1000))
+    rig.now_s = 0.5
+    commands = rig.send("w2", protocol.HandoffFailed("r1", 1, "checksum"))
+    assert domain.CancelSequence("w1", "r1", 1) in commands
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    assert of(domain.HandoffCounted, commands) == [domain.HandoffCounted("r1", 0, 0.5, 400)]
+    assert of(domain.FailoverCounted, commands) == []
+    record = of(domain.Decided, commands)[0].record
+    assert record.reason.startswith("handoff to w2 failed: checksum; ")
+    assert "computed where it goes on" in record.split_reason
+
+
+def test_late_word_about_an_older_epoch_changes_nothing():
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    rig.send("w2", protocol.HandoffFailed("r1", 1, "timeout"))
+    before = rig.plane.view(rig.now_s)
+    for worker_id, message in (
+        ("w2", protocol.HandoffFailed("r1", 1, "timeout")),
+        ("w2", protocol.HandoffDone("r1", 1, 25, 1000, 0.2)),
+        ("w1", protocol.HandoffReady("r1", 1, 25, 1000)),
+        ("w1", protocol.Rejected("r1", 1, "no_kv_room", 0)),
+        ("w1", protocol.Rejected("r1", 2, "no_kv_room", 0)),  # not the one that holds it
+        ("w1", protocol.Accepted("unknown", 1)),
+    ):
+        assert rig.send(worker_id, message) == []
+    assert rig.plane.view(rig.now_s) == before
+
+
+def test_orphan_waits_in_place_and_goes_on_when_its_worker_returns():
+    rig = Rig()
+    rig.join("decode")
+    rig.submit("r1"), rig.submit("r2")
+    assert rig.close("w1") == []
+    assert rig.request("r1").phase == "orphaned" and rig.request("r1").epoch == 1
+    rig.now_s = 1.0
+    commands = rig.rejoin(
+        "w1", role="decode", sequences=(LIVE("r1", 1, 5), LIVE("gone", 1, 2), LIVE("r2", 7, 1))
+    )
+    assert of(domain.Reattach, commands) == [domain.Reattach("w1", "r1", 1)]
+    assert of(domain.CancelSequence, commands) == [
+        domain.CancelSequence("w1", "gone", 1),
+        domain.CancelSequence("w1", "r2", 7),
+    ]
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w1", "r2", 2, "full")]
+    assert of(domain.FailoverCounted, commands) == [domain.FailoverCounted("r2", "w1", 2)]
+    assert rig.request("r1").phase == "decode" and rig.worker("w1").requests == 2
+
+
+def test_orphan_goes_to_the_next_worker_that_appears_and_the_old_copy_is_cancelled():
+    rig = Rig()
+    rig.join("decode")
+    rig.submit()
+    rig.close("w1")
+    rig.now_s = 2.0
+    commands = rig.hello(make_hello("decode"))
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    back = rig.rejoin("w1", role="decode", sequences=(LIVE("r1", 1, 5),))
+    assert of(domain.Reattach, back) == []
+    assert of(domain.CancelSequence, back) == [domain.CancelSequence("w1", "r1", 1)]
+
+
+def test_sequences_survive_a_new_connection_that_overtakes_the_old_ones_end():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit("r1")
+    commands = rig.rejoin("w1", role="decode", sequences=(LIVE("r1", 1, 5),))
+    assert of(domain.Reattach, commands) == [domain.Reattach("w1", "r1", 1)]
+    assert of(domain.Dispatch, commands) == []
+    assert rig.handle(domain.WorkerClosed("w1", 1)) == []
+    assert rig.request().epoch == 1
+
+
+def test_request_that_a_returning_worker_does_not_hold_moves():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit("r1")
+    commands = rig.rejoin("w1", role="decode")
+    assert [dispatch.epoch for dispatch in of(domain.Dispatch, commands)] == [2]
+    assert of(domain.FailoverCounted, commands) == [domain.FailoverCounted("r1", "w1", 2)]
+
+
+def test_open_handoff_is_not_resumed_by_the_worker_that_was_lost():
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    rig.handle(domain.DrainOrdered("w2", "ann"))
+    rig.close("w1")
+    assert rig.request().phase == "orphaned"
+    commands = rig.rejoin("w1", role="prefill", sequences=(LIVE("r1", 1, 1),))
+    assert of(domain.CancelSequence, commands) == [domain.CancelSequence("w1", "r1", 1)]
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w1", "r1", 2, "full")]
+
+
+def test_orphan_that_finds_no_worker_in_time_ends_once():
+    rig = Rig()
+    rig.join("decode")
+    rig.submit()
+    rig.close("w1")
+    assert of(domain.Decided, rig.tick(INTERACTIVE.queue_s_max)) == []
+    outcome = rejection(rig.tick(0.2))
+    assert outcome.code == "queue_timeout" and outcome.retry_after_s is not None
+    assert rig.request() is None
+    assert rig.finish() == []
+
+
+def test_request_that_keeps_losing_its_worker_ends_at_the_retry_budget():
+    rig = Rig(moves_max=5)
+    for _ in range(7):
+        rig.join("decode")
+    rig.submit()
+    for move in range(1, 6):
+        worker_id = rig.request().placement.decode_worker
+        assert [item.epoch for item in of(domain.Dispatch, rig.close(worker_id))] == [move + 1]
+    outcome = rejection(rig.close(rig.request().placement.decode_worker))
+    assert outcome.code == "retries_exhausted"
+    assert "lost its worker 6 times, at most 5" in outcome.message
+    assert rig.request() is None
+
+
+def test_stalled_sequence_is_cancelled_and_moved_away():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit()
+    commands = rig.handle(domain.Stalled("r1", 1))
+    assert of(domain.CancelSequence, commands) == [domain.CancelSequence("w1", "r1", 1)]
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    assert rig.handle(domain.Stalled("r1", 1)) == [], "an older epoch"
+    assert rig.handle(domain.Stalled("unknown", 1)) == []
+
+
+def test_stalled_sequence_returns_to_the_only_worker_after_a_moment():
+    rig = Rig(avoid_s=0.25)
+    rig.join("decode")
+    rig.submit()
+    assert of(domain.Dispatch, rig.handle(domain.Stalled("r1", 1))) == []
+    commands = rig.tick(0.4, heard=("w1",))
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w1", "r1", 2, "full")]
+
+
+def test_refusal_by_a_worker_leads_to_the_next_candidate():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit()
+    commands = rig.send("w1", protocol.Rejected("r1", 1, "no_kv_room", 0))
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    assert of(domain.FailoverCounted, commands) == []
+    assert of(domain.CancelSequence, commands) == []
+    record = of(domain.Decided, commands)[0].record
+    assert record.reason.startswith("w1 refused it: no_kv_room; ")
+    rows = {row.worker_id: row for row in record.candidates}
+    assert rows["w1"].reason == "refused this request a moment ago"
+
+
+def test_refusal_of_one_side_of_a_handoff_cancels_the_other():
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    commands = rig.send("w2", protocol.Rejected("r1", 1, "no_kv_room", 0))
+    assert of(domain.CancelSequence, commands) == [domain.CancelSequence("w1", "r1", 1)]
+    assert rig.worker("w1").requests == rig.worker("w2").requests == 0
+    commands = rig.tick(0.4, heard=("w1", "w2"))
+    assert [dispatch.epoch for dispatch in of(domain.Dispatch, commands)] == [2, 2]
+
+
+def test_refusals_for_room_are_repeated_ever_more_slowly_and_cost_no_move():
+    rig = Rig(avoid_s=0.25, avoid_s_max=4.0)
+    rig.join("decode")
+    rig.submit()
+    times = [0.0]
+    while rig.request() is not None:
+        epoch = rig.request().epoch
+        rig.send("w1", protocol.Rejected("r1", epoch, "no_kv_room", 0))
+        while rig.request() is not None and rig.request().epoch == epoch:
+            rig.tick(0.1, heard=("w1",))
+        times.append(rig.now_s)
+        if rig.now_s > 20.0:
+            break
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    assert gaps[:3] == pytest.approx([0.3, 0.5, 1.0], abs=0.11) and max(gaps) < 4.2
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("too_long", "prompt_too_long"), ("unknown_model", "model_not_served")]
+)
+def test_refusal_that_waiting_does_not_mend_by_every_worker_ends_the_request(reason, code):
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit()
+    rig.send("w1", protocol.Rejected("r1", 1, reason, 0))
+    assert rejection(rig.send("w2", protocol.Rejected("r1", 2, reason, 0))).code == code
+    assert rig.request() is None
+
+
+def test_moved_request_starts_before_one_that_waits_for_its_first_start():
+    rig = Rig(sequences_max=1)
+    rig.join("decode")
+    rig.submit("r1")
+    rig.now_s = 0.1
+    rig.submit("r2")
+    rig.close("w1")
+    rig.now_s = 0.2
+    rig.rejoin("w1", role="decode")
+    assert rig.request("r1").phase == "prefill" and rig.request("r2").phase == "queued"
+
+
+@pytest.mark.parametrize("status", ["completed", "cancelled", "failed"])
+@pytest.mark.parametrize("stage", ["queued", "prefill", "transfer", "decode", "orphaned"])
+def test_end_in_any_phase_frees_every_worker_and_nothing_follows(status, stage):
+    rig = demo()
+    if stage == "queued":
+        rig.handle(domain.DrainOrdered("w1", "a")), rig.handle(domain.DrainOrdered("w2", "a"))
+    rig.submit(prompt_tokens=400)
+    if stage in ("transfer", "decode"):
+        rig.send("w1", protocol.HandoffReady("r1", 1, 25, 1000))
+    if stage == "decode":
+        rig.send("w2", protocol.HandoffDone("r1", 1, 25, 1000, 0.1))
+    if stage == "orphaned":
+        rig.close("w1"), rig.close("w2")
+    assert rig.request().phase == stage
+    cancelled = {item.worker_id for item in of(domain.CancelSequence, rig.finish(status=status))}
+    expected = {"prefill": {"w1", "w2"}, "transfer": {"w1", "w2"}, "decode": {"w2"}}
+    assert cancelled == expected.get(stage, set())
+    assert rig.request() is None
+    assert [view.requests for view in rig.plane.view(0.0).workers] == [0, 0]
+    assert rig.finish() == []
+    assert of(domain.Dispatch, rig.tick(0.5)) == []
+
+
+def test_load_report_of_a_move_is_not_mistaken_for_the_old_reservation():
+    rig = demo()
+    rig.submit(prompt_tokens=400)
+    rig.close("w1")
+    rig.send("w2", make_load())
+    assert rig.worker("w2").requests == 1
+    rig.send("w2", protocol.Accepted("r1", 2))
+    rig.send("w2", make_load())
+    rig.finish()
+    assert rig.worker("w2").requests == 0
