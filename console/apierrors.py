@@ -68,6 +68,7 @@ _REJECTIONS = {
     "retries_exhausted": (503, "overloaded"),
     "draining": (503, "draining"),
     "queue_timeout": (504, "deadline_exceeded"),
+    "worker_error": (500, "worker_error"),
 }
 
 

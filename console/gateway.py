@@ -14,7 +14,7 @@ import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -82,11 +82,9 @@ class RequestFleet(Protocol):
 
     def first_token(self, live: LiveRequest, ttft_s: float) -> None: ...
 
-    def cancel(self, live: LiveRequest) -> None:
-        """Forget a request whose sequence may still run, and stop that."""
-
     def finished(self, live: LiveRequest, status: str) -> None:
-        """Forget a request that no worker runs any more. Each submit ends with this or `cancel`."""
+        """Once for each submit: forget the request (completed, cancelled or failed) and stop what
+        a worker still does for it. After a stop string or a disconnect one still runs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +103,9 @@ class GenerateSpec:
     is_seeded: bool
     stop: tuple[str, ...]
     stream: bool
+    is_batch: bool = False
     request_id: str = ""  # empty: the gateway makes one
     arrived_at_s: float | None = None  # on the fleet's clock; None: now
-
-    @property
-    def is_batch(self) -> bool:
-        return self.slo.is_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +190,7 @@ class Gateway:
         progress = self._begin(spec)
         text = OutputText(spec.tokenizer, spec.stop, spec.sampling.output_tokens_min)
         is_settled = False
+        abandoned: Literal["failed", "cancelled"] = "failed"
         self._fleet.submit(live)
         try:
             while True:
@@ -212,10 +208,7 @@ class Gateway:
                             len(spec.prompt_ids), progress.output_tokens, live.cached_tokens
                         )
                         is_settled = True
-                        if is_end:
-                            self._fleet.finished(live, "completed")
-                        else:
-                            self._fleet.cancel(live)  # the worker knows nothing of stop strings
+                        self._fleet.finished(live, "completed")
                         self._settle(spec, live, progress, "completed", finish_reason)
                         yield Delta(piece.text, seq, kept, finish_reason, usage)
                         return
@@ -231,10 +224,13 @@ class Gateway:
                     self._settle(spec, live, progress, status, "", rejected.code)
                     yield Refusal(rejected)
                     return
+        except (GeneratorExit, asyncio.CancelledError):
+            abandoned = "cancelled"
+            raise
         finally:
             if not is_settled:
-                self._fleet.cancel(live)
-                self._settle(spec, live, progress, "cancelled")
+                self._fleet.finished(live, abandoned)
+                self._settle(spec, live, progress, abandoned)
 
     async def _next(
         self, live: LiveRequest, progress: _Progress

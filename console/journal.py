@@ -22,7 +22,7 @@ class Journal:
         self.epoch = epoch
         self.ids: list[int] = []
         self.missing_since_s: float | None = None  # when the open gap was first seen
-        self.dropped_reports = 0  # old epochs, duplicates, ids past a limit
+        self.dropped_reports = 0  # other epochs, duplicates, ids past a limit
         self._ahead: dict[int, int] = {}
         self._end: tuple[int, FinishReason] | None = None
 
@@ -59,13 +59,11 @@ class Journal:
     ) -> list[int]:
         """Takes ids [seq, seq + len) and returns those that now follow what was here, in order.
 
-        A newer epoch than known moves the journal to it. `handed_off` ends a stage, not the
+        Only reports of the current epoch count, see `move`. `handed_off` ends a stage, not the
         output, and is no finish. Reports after the end change nothing."""
-        if epoch < self.epoch or self.finish_reason is not None:
+        if epoch != self.epoch or self.finish_reason is not None:
             self.dropped_reports += 1
             return []
-        if epoch > self.epoch:
-            self.move(epoch)
         if finish_reason is not None and finish_reason != "handed_off" and self._end is None:
             self._end = (min(seq + len(token_ids), self.output_tokens_max), finish_reason)
         start = len(self.ids)

@@ -13,7 +13,7 @@ from console.apierrors import ApiError, invalid, model_not_found
 from console.caps import quote
 from console.facts import Endpoint
 from console.gateway import GenerateSpec
-from console.snapshot import ClassFacts, ModelFacts, Snapshot, TenantFacts
+from console.snapshot import ModelFacts, Snapshot, TenantFacts
 from console.tokens import ModelTokenizer, TemplateRefused, Tokenizers
 from controlplane.domain import SLOClass
 from controlplane.protocol import RESEND_TOKENS_MAX, Sampling
@@ -91,22 +91,21 @@ def spec_of(
     *,
     request_id: str = "",
     arrived_at_s: float | None = None,
-    batch: ClassFacts | None = None,
 ) -> GenerateSpec:
-    """What the gateway runs; `batch` is the class of a batch line, whatever tier its body names."""
+    """What the gateway runs for an HTTP request."""
     return GenerateSpec(
         tenant=tenant,
         key_id=key_id,
         model_id=parsed.model.model_id,
         tokenizer=parsed.tokenizer,
-        slo=parsed.slo if batch is None else batch.slo,
-        service_tier=parsed.service_tier if batch is None else batch.service_tier,
+        slo=parsed.slo,
+        service_tier=parsed.service_tier,
         endpoint=endpoint,
         prompt_ids=parsed.prompt_ids,
         sampling=parsed.sampling,
         is_seeded=parsed.is_seeded,
         stop=parsed.stop,
-        stream=parsed.stream and batch is None,
+        stream=parsed.stream,
         request_id=request_id,
         arrived_at_s=arrived_at_s,
     )

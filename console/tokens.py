@@ -88,8 +88,6 @@ class FolderTokenizer:
             config = json.loads((folder / "tokenizer_config.json").read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"model folder {folder}: {error}") from error
-        except Exception as error:  # tokenizers raises bare Exception for every unreadable file
-            raise ConfigError(f"model folder {folder}: tokenizer.json: {error}") from error
         template = config.get("chat_template") or ""
         if not isinstance(template, str) or len(template) > TEMPLATE_CHARS_MAX:
             raise ConfigError(f"model folder {folder}: chat_template is no text of ours")
