@@ -1,0 +1,148 @@
+"""The planner moves one worker when the mix has shifted, and none while it is steady."""
+
+import random
+
+import pytest
+
+from controlplane import domain
+from tests.controlplane.rig import Rig, of
+from tests.factories import make_load
+
+LONG, SHORT = 400, 40
+
+
+def cluster(*roles: str) -> Rig:
+    rig = Rig()
+    for role in roles:
+        rig.join(role)
+    return rig
+
+
+def run(rig: Rig, seconds: float, prompts, per_s: float = 0.5, online_s: float = 0.0):
+    """Requests at a steady pace that take 3 s each; returns the role changes."""
+    workers = [view.worker_id for view in rig.plane.view(rig.now_s).workers]
+    before = len(rig.commands)
+    until_s, due_s, ends = rig.now_s + seconds, rig.now_s, []
+    while rig.now_s < until_s:
+        for worker_id in workers:
+            role = rig.worker(worker_id).role
+            rig.send(worker_id, make_load(role, online_s=online_s * 0.1))
+        if prompts and rig.now_s >= due_s:
+            request_id = f"r{len(rig.commands)}-{rig.now_s:.1f}"
+            rig.submit(request_id, prompt_tokens=prompts())
+            ends.append((rig.now_s + 3.0, request_id))
+            due_s += 1.0 / per_s
+        while ends and ends[0][0] <= rig.now_s:
+            rig.finish(ends.pop(0)[1])
+        rig.tick(0.1)
+    for _, request_id in ends:
+        rig.finish(request_id)
+    return of(domain.PlanChanged, rig.commands[before:])
+
+
+def steady_mix(seed: int):
+    chance = random.Random(seed)
+    return lambda: chance.randint(256, 600) if chance.random() < 0.5 else chance.randint(8, 48)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("per_s", [0.5, 1.0])
+def test_steady_half_and_half_mix_moves_nobody(seed, per_s):
+    assert run(cluster("prefill", "decode"), 180.0, steady_mix(seed), per_s) == []
+
+
+def test_shift_to_short_prompts_and_back_moves_one_worker_each_time():
+    rig = cluster("prefill", "decode")
+    assert run(rig, 60.0, steady_mix(1)) == []
+    (flip,) = run(rig, 60.0, lambda: SHORT)
+    assert (flip.worker_id, flip.role_before, flip.role_after) == ("w1", "prefill", "decode")
+    assert flip.by == "planner"
+    assert flip.reason.startswith("in 30 s 0 of 15 prompts were long, asking for 0.00 s/s")
+    assert flip.reason.endswith("w1 decodes from now on")
+    assert domain.SendRole("w1", "decode") in rig.commands
+    (back,) = run(rig, 60.0, lambda: LONG)
+    assert (back.role_before, back.role_after, back.by) == ("decode", "prefill", "planner")
+    assert back.reason.endswith(f"{back.worker_id} prefills from now on")
+    assert "s/s of prefill from 0 prefill workers" in back.reason
+    roles = {view.role for view in rig.plane.view(rig.now_s).workers}
+    assert roles == {"prefill", "decode"}
+    assert [plan.role_after for plan in rig.plane.view(0.0).plans] == ["prefill", "decode"]
+    assert run(rig, 120.0, steady_mix(2)) == []
+
+
+def test_idle_cluster_keeps_its_plan():
+    assert run(cluster("prefill", "decode"), 200.0, None) == []
+
+
+def test_few_requests_are_no_mix():
+    assert run(cluster("prefill", "decode"), 200.0, lambda: SHORT, per_s=0.05) == []
+
+
+def test_nobody_moves_before_a_whole_window_was_seen():
+    assert run(cluster("prefill", "decode"), 29.0, lambda: SHORT) == []
+
+
+def test_single_worker_is_left_alone():
+    assert run(cluster("prefill"), 100.0, lambda: SHORT) == []
+    assert run(cluster("decode"), 100.0, lambda: LONG) == []
+
+
+def test_last_decode_worker_stays_however_long_the_prompts():
+    rig = cluster("prefill", "decode")
+    assert run(rig, 120.0, lambda: 600, per_s=1.0) == []
+
+
+def test_two_prefill_workers_without_a_decode_worker_give_one():
+    rig = cluster("prefill", "prefill")
+    (flip,) = run(rig, 60.0, steady_mix(3))
+    assert flip.role_after == "decode"
+    assert {view.role for view in rig.plane.view(0.0).workers} == {"prefill", "decode"}
+
+
+def test_overloaded_prefill_gets_one_more_when_decode_can_spare_it():
+    rig = cluster("prefill", "decode", "decode")
+    (flip,) = run(rig, 55.0, lambda: 600, per_s=0.8)
+    assert flip.role_after == "prefill"
+
+
+def test_overloaded_prefill_gets_none_when_decode_is_busy():
+    rig = cluster("prefill", "decode", "decode")
+    assert run(rig, 55.0, lambda: 600, per_s=0.8, online_s=0.6) == []
+
+
+def test_busy_decode_takes_a_prefill_worker_that_the_others_can_replace():
+    rig = cluster("prefill", "prefill", "decode")
+    (flip,) = run(rig, 45.0, steady_mix(4), per_s=0.5, online_s=0.9)
+    assert flip.role_after == "decode"
+
+
+def test_moved_worker_dwells():
+    rig = cluster("prefill", "decode")
+    run(rig, 60.0, steady_mix(1))
+    run(rig, 40.0, lambda: SHORT)
+    times = []
+    for prompts in (LONG, SHORT, LONG, SHORT):
+        for _ in range(12):
+            if run(rig, 10.0, lambda size=prompts: size, per_s=1.0):
+                times.append(rig.now_s)
+    assert all(later - earlier >= 30.0 for earlier, later in zip(times, times[1:], strict=False))
+
+
+def test_planner_leaves_alone_what_an_operator_ordered():
+    rig = cluster("decode", "decode")
+    rig.handle(domain.RoleOrdered("w1", "prefill", "ann"))
+    assert run(rig, 200.0, lambda: SHORT) == []
+    rig.now_s += 600.0
+    rig.handle(domain.Tick())
+    assert [flip.worker_id for flip in run(rig, 60.0, lambda: SHORT)] == ["w1"]
+
+
+def test_batch_lines_are_no_demand():
+    rig = cluster("prefill", "decode")
+    slo = domain.SLOClass("batch", 3, 60.0, 10.0, is_batch=True, deadline_s=1e6)
+    rig.tick(31.0, heard=("w1", "w2"))
+    for index in range(40):
+        rig.submit(f"b{index}", slo=slo, prompt_tokens=SHORT)
+        rig.tick(1.0, heard=("w1", "w2"))
+        rig.finish(f"b{index}")
+    assert of(domain.PlanChanged, rig.commands) == []
