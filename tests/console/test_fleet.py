@@ -1,0 +1,301 @@
+"""Fleet: joins, dispatch, delivery through the journal, gaps, moves, what is stored."""
+
+import asyncio
+
+from console import jointokens
+from console.facts import PlanFact
+from console.fleet import CLOSE_RESTARTING, LINKS_MAX, RESEND_AFTER_S, STALLED_AFTER_S, Fleet
+from console.gateway import LiveRequest, Tokens
+from console.journal import Journal
+from console.metrics import Metrics
+from console.transport import MemoryLink
+from console.writer import WorkerFact
+from controlplane import domain, protocol
+from controlplane.config import ControlPlaneConfig
+from controlplane.plane import ControlPlane
+from tests.factories import make_hello, make_load, make_request
+
+
+class Facts:
+    """Keeps what the writer would store."""
+
+    def __init__(self):
+        self.facts = []
+
+    def put(self, fact):
+        self.facts.append(fact)
+
+
+class Rig:
+    """A fleet with a clock that the test moves, and workers made of MemoryLinks."""
+
+    def __init__(self):
+        self.at_s = 100.0
+        self.writer = Facts()
+        self.metrics = Metrics()
+        plane = ControlPlane(ControlPlaneConfig(), b"s" * 32)
+        self.fleet = Fleet(plane, self.metrics, self.writer, lambda: self.at_s, lambda: 0.5)
+
+    def join(self, connection_id, role="mixed", **hello):
+        link = MemoryLink()
+        self.fleet.connected(connection_id, link)
+        token = hello.pop("token", None) or jointokens.mint(connection_id)
+        resume = hello.get("resume")
+        message = make_hello(role, name=connection_id, token=None if resume else token, **hello)
+        self.fleet.received(connection_id, message)
+        return link
+
+    def submit(self, request_id="r1", output_tokens_max=8):
+        request = make_request(
+            request_id, output_tokens_max=output_tokens_max, arrived_at_s=self.at_s
+        )
+        live = LiveRequest(
+            request=request,
+            prompt_ids=list(range(request.prompt_tokens)),
+            sampling=protocol.Sampling(output_tokens_max=output_tokens_max),
+            targets=protocol.ClassTargets("interactive", 0, 4.0, 0.2),
+            salt=b"salt",
+            journal=Journal(output_tokens_max),
+            events=asyncio.Queue(output_tokens_max + 64),
+        )
+        self.fleet.submit(live)
+        return live
+
+    def report(self, connection_id, live, seq, ids, finish=None, epoch=None, cached=0):
+        epoch = live.journal.epoch if epoch is None else epoch
+        sequence = protocol.SequenceReport(
+            live.request_id, epoch, seq, ids, finish, 0, cached, 32 + seq
+        )
+        self.fleet.received(connection_id, protocol.StepReport([sequence], make_load()))
+
+    def ticks(self, seconds):
+        for _ in range(round(seconds * 10)):
+            self.at_s += 0.1
+            self.fleet.tick()
+
+    def heartbeat(self, connection_id):
+        self.fleet.received(connection_id, protocol.Heartbeat(make_load(), 0.0))
+
+
+def events(live):
+    """What the gateway would read now."""
+    found = []
+    while not live.events.empty():
+        found.append(live.events.get_nowait())
+    return found
+
+
+def tokens(live):
+    return [event for event in events(live) if isinstance(event, Tokens)]
+
+
+def sent(link, kind):
+    return [message for message in link.sent if isinstance(message, kind)]
+
+
+# --- joining -------------------------------------------------------------------------------------
+
+
+def test_worker_with_a_token_is_welcomed_and_seen():
+    rig = Rig()
+    link = rig.join("c1")
+    assert isinstance(link.sent[0], protocol.Welcome)
+    assert [worker.worker_id for worker in rig.fleet.view().workers] == [link.sent[0].worker_id]
+
+
+def test_worker_without_a_good_token_is_refused_with_the_reason():
+    rig = Rig()
+    link = rig.join("c1", token="wrong")
+    assert "not one of this installation" in sent(link, protocol.Refused)[0].reason
+    assert link.closed is not None
+    assert rig.fleet.view().workers == ()
+
+
+def test_token_lets_one_worker_in():
+    rig, token = Rig(), jointokens.mint("w")
+    rig.join("c1", token=token)
+    assert "used before" in sent(rig.join("c2", token=token), protocol.Refused)[0].reason
+
+
+def test_token_of_a_worker_that_the_plane_refused_stays_good():
+    rig, token = Rig(), jointokens.mint("w")
+    refused = rig.join("c1", token=token, versions=(999,))
+    assert sent(refused, protocol.Refused)
+    assert sent(rig.join("c2", token=token), protocol.Welcome)
+
+
+def test_reconnect_with_the_resume_secret_keeps_the_id_and_closes_the_older_socket():
+    rig = Rig()
+    first = rig.join("c1")
+    welcome = first.sent[0]
+    proof = protocol.ResumeProof(welcome.worker_id, welcome.resume_secret)
+    second = rig.join("c2", resume=proof)
+    assert second.sent[0].worker_id == welcome.worker_id
+    assert second.sent[0].epoch > welcome.epoch
+    assert first.closed is not None
+    rig.fleet.disconnected("c1")  # the old socket's end changes nothing
+    assert [worker.status for worker in rig.fleet.view().workers] == ["live"]
+
+
+def test_frame_before_the_welcome_closes_the_connection():
+    rig, link = Rig(), MemoryLink()
+    rig.fleet.connected("c1", link)
+    rig.heartbeat("c1")
+    assert link.closed is not None
+
+
+def test_connections_beyond_the_maximum_are_refused_for_now():
+    rig = Rig()
+    for index in range(LINKS_MAX):
+        rig.fleet.connected(f"x{index}", MemoryLink())
+    link = MemoryLink()
+    rig.fleet.connected("one-more", link)
+    assert not sent(link, protocol.Refused)[0].permanent
+    assert link.closed is not None
+
+
+# --- a request -----------------------------------------------------------------------------------
+
+
+def test_request_is_dispatched_with_prompt_sampling_and_salt():
+    rig = Rig()
+    link = rig.join("c1")
+    live = rig.submit()
+    (assign,) = sent(link, protocol.Assign)
+    assert (assign.request_id, assign.stage, assign.epoch) == ("r1", "full", live.epoch)
+    assert (assign.prompt_ids, assign.delivered) == (live.prompt_ids, [])
+    assert (assign.sampling, assign.salt) == (live.sampling, b"salt")
+    assert live.placement.decode_worker == link.sent[0].worker_id
+    assert [record.outcome for record in live.decisions] == ["placed"]
+
+
+def test_ids_arrive_once_and_in_order_with_one_finish():
+    rig = Rig()
+    rig.join("c1")
+    live = rig.submit(output_tokens_max=4)
+    events(live)
+    rig.report("c1", live, 0, [10], cached=16)
+    rig.report("c1", live, 0, [10])
+    rig.report("c1", live, 1, [11, 12])
+    rig.report("c1", live, 3, [13], finish="length")
+    rig.report("c1", live, 3, [13], finish="length")
+    assert tokens(live) == [Tokens([10], None), Tokens([11, 12], None), Tokens([13], "length")]
+    assert live.cached_tokens == 16
+
+
+def test_report_of_an_older_epoch_or_unknown_request_is_ignored():
+    rig = Rig()
+    rig.join("c1")
+    live = rig.submit()
+    events(live)
+    rig.report("c1", live, 0, [10], epoch=live.epoch - 1)
+    rig.fleet.finished(live, "cancelled")
+    rig.report("c1", live, 0, [10])
+    assert tokens(live) == []
+
+
+def test_end_of_a_request_that_still_runs_is_told_to_its_worker():
+    rig = Rig()
+    link = rig.join("c1")
+    live = rig.submit()
+    rig.fleet.finished(live, "completed")
+    rig.fleet.finished(live, "completed")
+    assert sent(link, protocol.Cancel) == [protocol.Cancel("r1", live.epoch)]
+    assert rig.fleet.requests == {}
+    assert rig.fleet.view().requests == ()
+
+
+def test_gap_is_asked_again_once_per_period_and_closed_by_the_answer():
+    rig = Rig()
+    link = rig.join("c1")
+    live = rig.submit()
+    rig.report("c1", live, 0, [10])
+    rig.report("c1", live, 2, [12])
+    rig.ticks(RESEND_AFTER_S + 0.2)
+    assert sent(link, protocol.Resend) == [protocol.Resend("r1", live.epoch, 1)]
+    rig.report("c1", live, 1, [11])
+    assert live.journal.ids == [10, 11, 12]
+    rig.ticks(2 * RESEND_AFTER_S)
+    assert len(sent(link, protocol.Resend)) == 1
+
+
+def test_gap_that_stays_moves_the_request_to_another_worker():
+    rig = Rig()
+    links = {"c1": rig.join("c1"), "c2": rig.join("c2")}
+    live = rig.submit()
+    first = next(name for name, link in links.items() if sent(link, protocol.Assign))
+    other = links["c2" if first == "c1" else "c1"]
+    rig.report(first, live, 0, [10])
+    rig.report(first, live, 2, [12])
+    for _ in range(round(STALLED_AFTER_S) + 2):
+        rig.ticks(1.0)
+        for name in links:
+            rig.heartbeat(name)
+    (assign,) = sent(other, protocol.Assign)
+    assert assign.delivered == [10]
+    assert assign.epoch == live.epoch
+    assert sent(links[first], protocol.Cancel)
+
+
+def test_lost_worker_hands_its_request_on_with_what_was_delivered():
+    rig = Rig()
+    links = {"c1": rig.join("c1"), "c2": rig.join("c2")}
+    live = rig.submit()
+    first = next(name for name, link in links.items() if sent(link, protocol.Assign))
+    second = "c2" if first == "c1" else "c1"
+    before = live.epoch
+    rig.report(first, live, 0, [10, 11])
+    rig.fleet.disconnected(first)
+    (assign,) = sent(links[second], protocol.Assign)
+    assert (assign.delivered, assign.epoch) == ([10, 11], live.epoch)
+    assert live.epoch > before
+    assert live.failovers == 1
+    rig.report(second, live, 2, [12], finish="stop")
+    assert tokens(live)[-1] == Tokens([12], "stop")
+
+
+def test_request_without_a_worker_ends_as_a_decision():
+    rig = Rig()
+    live = rig.submit()
+    rig.ticks(1.0)
+    outcomes = [event.outcome for event in events(live)]
+    assert isinstance(outcomes[0], domain.Queued | domain.Rejected)
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def test_role_flip_reaches_the_worker_and_is_stored_with_its_author():
+    rig = Rig()
+    link = rig.join("c1", role="prefill")
+    worker_id = link.sent[0].worker_id
+    rig.fleet.handle(domain.RoleOrdered(worker_id, "decode", "alice"))
+    assert sent(link, protocol.SetRole) == [protocol.SetRole("decode")]
+    (plan,) = [fact for fact in rig.writer.facts if isinstance(fact, PlanFact)]
+    assert (plan.worker_id, plan.role_before, plan.role_after) == (worker_id, "prefill", "decode")
+    assert plan.by == "alice"
+
+
+def test_worker_rows_are_written_when_something_changed_only():
+    rig = Rig()
+    rig.join("c1")
+    rig.ticks(0.5)
+    rig.fleet.disconnected("c1")
+    rig.ticks(0.5)
+    rows = [fact for fact in rig.writer.facts if isinstance(fact, WorkerFact)]
+    assert [row.status for row in rows] == ["live", "lost"]
+
+
+def test_workers_are_told_that_the_console_restarts():
+    rig = Rig()
+    link = rig.join("c1")
+    rig.fleet.close_links()
+    assert link.closed[0] == CLOSE_RESTARTING
+
+
+def test_drain_refuses_new_requests():
+    rig = Rig()
+    rig.join("c1")
+    rig.fleet.handle(domain.ServerDraining())
+    (decided,) = events(rig.submit())
+    assert decided.outcome.code == "draining"
