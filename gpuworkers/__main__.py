@@ -6,7 +6,6 @@ refuses the worker, 1 for a defect.
 
 import asyncio
 import ctypes
-import functools
 import importlib
 import logging
 import os
@@ -87,7 +86,7 @@ async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any]]) -> None
                 worker.handoff_bind,
             ),
             engine,
-            functools.partial(make, clock=loop.time),
+            lambda engine, report: make(engine, loop.time, report),
             random.random,
         )
         for index, (engine, device) in enumerate(engines)
