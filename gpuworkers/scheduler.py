@@ -16,6 +16,9 @@ from gpuworkers.sequence import Sequence
 CHUNK_TOKENS_MIN = 16  # also the rounding of a chunk
 CHUNK_TOKENS_MAX = 512  # of one sequence in one step
 STEP_TOKENS_MAX = 1024  # token rows of one step; bounds activation memory
+ALONE_TTFT_SHARE = (
+    0.25  # with nobody decoding, a step may delay an arrival by this much of its TTFT
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,9 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     itl_s = _strictest_itl_s(state, floor_s)
     slack_s = _slack_s(now_s, state.decoding, floor_s, itl_s)
     online_target_s = min(slack_s, itl_s)
-    if not state.decoding:  # nobody waits for a next token: longer chunks are cheaper
-        online_target_s = max(itl_s, policy.tau_idle_s)
+    if state.prefilling and not state.decoding:  # no token is due: longer chunks are cheaper
+        ttft_s = min(sequence.targets.ttft_s_left for sequence in state.prefilling)
+        online_target_s = max(itl_s, policy.tau_idle_s, ALONE_TTFT_SHARE * ttft_s)
     _add_online_chunks(now_s, draft, state.prefilling, online_target_s, model)
     num_online = len(draft.rows)
 

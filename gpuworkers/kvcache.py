@@ -1,0 +1,47 @@
+"""The KV arrays of one worker, allocated once, and their blocks as bytes for handoff.
+
+Layout per layer: (num_blocks, 2, kv_heads, block_tokens, head_dim), contiguous, K before V.
+"""
+
+import torch
+
+from kernels.ops import Heads
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class TorchKVCache:
+    """See engine.KVStore. Starts as zeros; every value in it is finite at all times, because a
+    masked position still takes part in products (0 · NaN is NaN)."""
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_tokens: int, heads: Heads, dtype: torch.dtype
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        self.dtype = dtype
+        self.dtype_name = DTYPE_NAMES[dtype]
+        shape = (num_blocks, 2, heads.num_kv_heads, block_tokens, heads.head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+        self.layer_block_bytes = self.layers[0][0].numel() * dtype.itemsize
+
+    def read(self, layer: int, block_ids: list[int]) -> bytes:
+        """Blocks of one layer, concatenated."""
+        picked = self.layers[layer].index_select(0, torch.tensor(block_ids, dtype=torch.int64))
+        return picked.view(torch.uint8).numpy().tobytes()
+
+    def write(self, layer: int, block_ids: list[int], data: bytes | memoryview) -> None:
+        """Overwrite blocks of one layer. Raises ValueError on a wrong size or values that are not
+        finite; then nothing was written."""
+        expected = len(block_ids) * self.layer_block_bytes
+        if len(data) != expected:
+            raise ValueError(f"{len(data)} bytes for {len(block_ids)} blocks, expected {expected}")
+        if not block_ids:
+            return
+        target = self.layers[layer]
+        values = torch.frombuffer(bytearray(data), dtype=self.dtype)
+        if not torch.isfinite(values).all():
+            raise ValueError(f"KV of layer {layer} holds values that are not finite")
+        ids = torch.tensor(block_ids, dtype=torch.int64)
+        target.index_copy_(0, ids, values.view(len(block_ids), *target.shape[1:]))

@@ -1,0 +1,174 @@
+"""Turns a plan into arrays, one ragged forward pass and sampled ids; loads and calibrates a model.
+
+`load` is the only way to get a runner: it reads the model folder, chooses dtype and exact paddings
+by probing this machine, and measures the step model that the scheduler plans with.
+"""
+
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from controlplane import protocol
+from controlplane.errors import ConfigError
+from controlplane.latency import LatencyModel, StepFeatures
+from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes
+from gpuworkers.engine import RunResult
+from gpuworkers.kvcache import TorchKVCache
+from gpuworkers.models.llama import Llama, load_llama
+from gpuworkers.sampler import forbid_early_ends, sampling_table
+from gpuworkers.scheduler import Plan, PlanRow
+from gpuworkers.sequence import Sequence
+from gpuworkers.weights import WeightFiles, read_config
+from kernels.ops import Ops, SequenceTokens
+from kernels.torchops import backend, linear
+
+BLOCK_TOKENS = 16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUMERICS = ("exact", "fast")
+# (sequences, tokens before, tokens to compute): what calibration runs
+CALIBRATION_STEPS = ((1, 64, 1), (4, 64, 1), (4, 256, 1), (16, 64, 1), (1, 0, 64), (1, 0, 192))
+CALIBRATION_REPEATS = 2
+
+
+class TorchRunner:
+    """See engine.Runner. Not thread safe: one engine thread."""
+
+    def __init__(self, model: Llama, ops: Ops, kv: TorchKVCache) -> None:
+        self.model = model
+        self.ops = ops
+        self.kv = kv
+        self.eos_token_ids = model.config.eos_token_ids
+
+    def run(self, plan: Plan) -> RunResult:
+        """Compute the plan's rows and draw the ids of those that sample."""
+        with torch.inference_mode():
+            logits = self.logits(plan.rows)
+            sampling = [row.sequence for row in plan.rows if row.samples]
+            if not sampling:
+                return RunResult([])
+            forbid_early_ends(logits, sampling, self.eos_token_ids)
+            return RunResult(self.ops.sample(logits, sampling_table(sampling)))
+
+    def logits(self, rows: tuple[PlanRow, ...]) -> torch.Tensor:
+        """Logits of the rows that sample, in their order; writes KV of all rows."""
+        token_ids, positions, sequences, last_rows = [], [], [], []
+        num_rows = 0
+        for row in rows:
+            end = row.start + row.count
+            token_ids.append(np.array(row.sequence.token_ids[row.start : end], dtype=np.int64))
+            positions.append(np.arange(row.start, end))
+            table = np.array(row.sequence.block_ids, dtype=np.int64)
+            sequences.append(SequenceTokens(row.start, row.count, table))
+            num_rows += row.count
+            if row.samples:
+                last_rows.append(num_rows - 1)
+        step = self.ops.plan_step(sequences, self.model.heads, self.kv.block_tokens)
+        return self.model.forward(
+            self.ops,
+            torch.from_numpy(np.concatenate(token_ids)),
+            torch.from_numpy(np.concatenate(positions)),
+            self.kv.layers,
+            step,
+            torch.tensor(last_rows, dtype=torch.int64),
+        )
+
+
+def load(
+    model_dir: str | Path,
+    model_id: str,
+    dtype: str = "auto",
+    numerics: str = "exact",
+    kv_tokens: int = 16384,
+    threads: int = 1,
+) -> tuple[TorchRunner, protocol.ModelFacts, protocol.DeviceFacts, LatencyModel]:
+    """A runner for the model folder, and the facts that a worker tells about itself.
+
+    Raises ConfigError for an impossible option and ModelError for an unusable folder."""
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
+    if numerics not in NUMERICS:
+        raise ConfigError(f"numerics={numerics!r}: expected one of {', '.join(NUMERICS)}")
+    folder = Path(model_dir)
+    config = read_config(folder)
+    num_blocks = kv_tokens // BLOCK_TOKENS
+    if num_blocks < 1 or threads < 1:
+        raise ConfigError(f"kv_tokens={kv_tokens}, threads={threads}: too small")
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        chosen = (
+            faster_dtype(config.hidden_size, config.intermediate_size)
+            if dtype == "auto"
+            else DTYPES[dtype]
+        )
+        ops = backend.TorchOps(use_packing=linear.has_packing(chosen))
+        files = WeightFiles(folder)
+        model = load_llama(config, files, chosen, ops)
+        if numerics == "exact":
+            ops = backend.exact(ops, model.packed_shapes(), chosen, model.heads)
+        kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, chosen)
+    runner = TorchRunner(model, ops, kv)
+    max_model_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
+    bytes_per_token = kv.layer_block_bytes * config.num_layers // BLOCK_TOKENS
+    facts = protocol.ModelFacts(
+        model_id, files.sha256(), max_model_len, config.vocab_size, bytes_per_token
+    )
+    return runner, facts, device_facts(kv.dtype_name), LatencyModel(calibrate(runner))
+
+
+def device_facts(dtype_name: str) -> protocol.DeviceFacts:
+    """This machine's processor; num_sms counts the threads that torch uses."""
+    name = platform.processor() or platform.machine()
+    return protocol.DeviceFacts("cpu", name, memory_bytes(), torch.get_num_threads(), dtype_name)
+
+
+def calibrate(runner: TorchRunner) -> protocol.StepModel:
+    """Measure a few step shapes (the best of CALIBRATION_REPEATS) and fit the step model."""
+    observed = []
+    for num_sequences, start, count in CALIBRATION_STEPS:
+        rows = _calibration_rows(runner, num_sequences, start, count)
+        if rows is None:
+            continue
+        features = StepFeatures()
+        for row in rows:
+            features = features.with_tokens(row.start, row.count)
+        plan = Plan(rows, len(rows), features, 0.0, 0.0, 0.0)
+        best_s = float("inf")
+        for _ in range(CALIBRATION_REPEATS):
+            started_at_s = time.perf_counter()
+            runner.run(plan)
+            best_s = min(best_s, time.perf_counter() - started_at_s)
+        observed.append((features, best_s))
+    return fit_step_model(observed)
+
+
+def _calibration_rows(
+    runner: TorchRunner, num_sequences: int, start: int, count: int
+) -> tuple[PlanRow, ...] | None:
+    """Rows of made-up sequences over the first blocks; None where the KV cache is too small."""
+    length = start + count
+    num_blocks = -(-length // runner.kv.block_tokens)
+    if num_sequences * num_blocks > runner.kv.num_blocks:
+        return None
+    if length > runner.model.config.max_model_len:
+        return None
+    rows = []
+    for index in range(num_sequences):
+        sequence = Sequence(
+            request_id=f"calibration-{index}",
+            epoch=0,
+            stage="full",
+            salt=b"",
+            sampling=protocol.Sampling(output_tokens_max=1),
+            targets=protocol.ClassTargets("calibration", 0, 1.0, 1.0),
+            token_ids=[i % runner.model.config.vocab_size for i in range(length)],
+            prompt_tokens=length,
+            delivered_tokens=0,
+            arrived_at_s=0.0,
+            computed_tokens=start,
+            block_ids=list(range(index * num_blocks, (index + 1) * num_blocks)),
+        )
+        rows.append(PlanRow(sequence, start, count, True))
+    return tuple(rows)

@@ -1,0 +1,105 @@
+"""The operations of a forward pass behind one interface, and what they are told about a step.
+
+Two implementations: `kernels.torchops.backend.TorchOps` (CPU) and `kernels.reference.ReferenceOps`
+(float64, plain loops, for tests). Tensors are torch tensors in both.
+KV layout per layer: (num_blocks, 2, kv_heads, block_tokens, head_dim), index 1 is K then V, so one
+block of one layer is one contiguous piece; `.transpose(0, 1)` is the (2, blocks, …) view.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Shape of one attention layer."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceTokens:
+    """Tokens [start, start + count) of one sequence, whose KV lies in the blocks of `table`.
+
+    `table` (num_blocks,) int64, token order, covers at least start + count tokens."""
+
+    start: int
+    count: int
+    table: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTable:
+    """How to draw one id for each row of logits; arrays of one entry per row.
+
+    temperature 0 is greedy; `uniform` in [0, 1) is the draw; top_k 0 is off."""
+
+    temperature: np.ndarray  # float64
+    top_p: np.ndarray  # float64
+    top_k: np.ndarray  # int64
+    uniform: np.ndarray  # float64
+
+
+class Ops(Protocol):
+    """Operations over token rows; `rows` is the number of tokens in the step."""
+
+    def pack(self, weight: torch.Tensor) -> Any:
+        """Prepare weight (out, in) for `linear`; the original may be dropped."""
+        ...
+
+    def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
+        """x (rows, in) times the weight's transpose: (rows, out)."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x (rows, hidden) divided by its root mean square per row, times weight (hidden,)."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += x in place, then rms_norm of residual."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up (rows, 2·width), gate first: silu(gate) · up, (rows, width)."""
+        ...
+
+    def plan_step(self, sequences: list[SequenceTokens], heads: Heads, block_tokens: int) -> Any:
+        """Indices that all layers of one step share; rows stand in the order of `sequences`."""
+        ...
+
+    def rope_write(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_layer: torch.Tensor,
+        step: Any,
+    ) -> torch.Tensor:
+        """Rotate Q and K, write K and V into kv_layer, return Q (rows, q_heads, head_dim).
+
+        qkv (rows, (q_heads + 2·kv_heads)·head_dim); cos, sin (rows, head_dim / 2) float32."""
+        ...
+
+    def attention(self, q: torch.Tensor, kv_layer: torch.Tensor, step: Any) -> torch.Tensor:
+        """Causal attention of every row over its own sequence: (rows, q_heads·head_dim).
+
+        The KV of the rows themselves is already in kv_layer."""
+        ...
+
+    def sample(self, logits: torch.Tensor, table: SamplingTable) -> list[int | None]:
+        """One id per row of logits (rows, vocab) float32; None where a logit is not finite.
+
+        A logit of minus infinity is a forbidden id. Ties go to the lowest id."""
+        ...

@@ -1,0 +1,264 @@
+"""Causal attention over paged KV, the same bits for a token in prefill, decode and any company.
+
+KV is read in tiles of TILE_TOKENS tokens that start at absolute multiples of it. For one query
+token and one tile: scores, their maximum, weights exp(score - maximum over all tiles), their sum
+and the weighted values come from one small matrix product each, of a shape that does not depend on
+the step; tiles are added up in order. A tile beyond the token adds exact zeros.
+Matrix rows: the query heads of one KV head, for a chunk those of up to CHUNK_QUERIES tokens. A
+batched product gives equal rows for any row count >= `rows_min`, which `probe_rows_min` finds
+(4 on an AVX2 EPYC, torch 2.13); where it finds none, chunks are computed token by token.
+Source: split-KV softmax as in Dao et al. 2023, Flash-Decoding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels import checks
+from kernels.ops import Heads, SequenceTokens
+
+TILE_TOKENS = 64
+CHUNK_QUERIES = 64
+PAIRS_MAX = 256  # (token, tile) pairs of one call; bounds the gathered KV
+ROWS_MIN_TRIED = (1, 4, 8, 16)
+PROBE_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 15, 16, 24, 33, 48, 96, 192)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Single query tokens, longest context first, and their (token, tile) pairs, tile by tile."""
+
+    token_rows: torch.Tensor  # (n,) rows of the step
+    pair_tokens: torch.Tensor  # (pairs,) index into token_rows
+    gather: torch.Tensor  # (2·pairs·kv_heads·blocks per tile,) block rows of the KV layer
+    mask: torch.Tensor  # (pairs, 1, 1, TILE_TOKENS) 0 or minus infinity
+    tile_counts: list[int]  # tokens that reach tile 0, 1, …; never grows
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGroup:
+    """Consecutive query tokens of one sequence: rows [start_row, start_row + count)."""
+
+    start_row: int
+    count: int
+    gather: torch.Tensor  # (2·tiles·kv_heads·blocks per tile,)
+    first_masked_tile: int
+    mask: torch.Tensor  # (tiles - first_masked_tile, 1, count, 1, TILE_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class StepIndices:
+    """What all layers of a step share."""
+
+    heads: Heads
+    slots: torch.Tensor  # see pointwise.rope_write
+    decodes: list[DecodeGroup]
+    chunks: list[ChunkGroup]
+
+
+def plan_step(
+    sequences: list[SequenceTokens], heads: Heads, block_tokens: int, rows_min: int | None
+) -> StepIndices:
+    """Indices of a step whose rows stand in the order of `sequences`."""
+    if TILE_TOKENS % block_tokens:
+        raise ValueError(f"blocks of {block_tokens} tokens do not divide {TILE_TOKENS}")
+    singles: list[tuple[int, int, np.ndarray]] = []  # row, tokens it sees, table
+    chunks: list[ChunkGroup] = []
+    slots = []
+    row = 0
+    for sequence in sequences:
+        start, count, table = sequence.start, sequence.count, sequence.table
+        checks.block_table("table", table, start + count, block_tokens)
+        positions = np.arange(start, start + count)
+        slots.append((table[positions // block_tokens], positions % block_tokens))
+        if rows_min is None or count * heads.group < rows_min or count == 1:
+            singles += [(row + i, start + i + 1, table) for i in range(count)]
+        else:
+            for offset in range(0, count, CHUNK_QUERIES):
+                size = min(CHUNK_QUERIES, count - offset)
+                chunk = (row + offset, start + offset, size)
+                chunks.append(_chunk_group(*chunk, table, heads, block_tokens))
+        row += count
+    groups = [_decode_group(part, heads, block_tokens) for part in _split(singles)]
+    return StepIndices(heads, _slots(slots, heads, block_tokens), groups, chunks)
+
+
+def _slots(
+    places: list[tuple[np.ndarray, np.ndarray]], heads: Heads, block_tokens: int
+) -> torch.Tensor:
+    block_ids = np.concatenate([block_id for block_id, _ in places])[:, None]
+    offsets = np.concatenate([offset for _, offset in places])[:, None]
+    planes = np.arange(2 * heads.num_kv_heads)[None, :]  # (K|V, kv head)
+    rows = (block_ids * 2 * heads.num_kv_heads + planes) * block_tokens + offsets
+    return torch.from_numpy(rows.reshape(-1))
+
+
+def _split(
+    singles: list[tuple[int, int, np.ndarray]],
+) -> list[list[tuple[int, int, np.ndarray]]]:
+    """Longest first, in groups of at most PAIRS_MAX pairs (a longer context stands alone)."""
+    parts: list[list[tuple[int, int, np.ndarray]]] = []
+    pairs_left = 0
+    for single in sorted(singles, key=lambda s: -s[1]):
+        pairs = -(-single[1] // TILE_TOKENS)
+        if pairs > pairs_left or not parts:
+            parts.append([])
+            pairs_left = PAIRS_MAX
+        parts[-1].append(single)
+        pairs_left -= pairs
+    return parts
+
+
+def _block_rows(block_ids: np.ndarray, heads: Heads) -> torch.Tensor:
+    """Rows of the KV layer seen as (num_blocks·2·kv_heads, block_tokens·head_dim) that lay out
+    block_ids (pairs, blocks per tile) as (K|V, pairs, kv head, tokens of the tile, head_dim)."""
+    kv_heads = heads.num_kv_heads
+    planes = np.arange(2 * kv_heads).reshape(2, 1, kv_heads, 1)
+    rows = block_ids[None, :, None, :] * 2 * kv_heads + planes
+    return torch.from_numpy(rows.reshape(-1))
+
+
+def _decode_group(
+    singles: list[tuple[int, int, np.ndarray]], heads: Heads, block_tokens: int
+) -> DecodeGroup:
+    lengths = np.array([length for _, length, _ in singles])
+    tiles = -(-lengths // TILE_TOKENS)
+    per_tile = TILE_TOKENS // block_tokens
+    tables = np.empty((len(singles), tiles[0] * per_tile), dtype=np.int64)
+    for index, (_, length, table) in enumerate(singles):
+        used = -(-length // block_tokens)
+        tables[index, :used] = table[:used]
+        tables[index, used:] = table[0]  # masked, any block of its own will do
+    tile_counts = [int((tiles > tile).sum()) for tile in range(tiles[0])]
+    pair_tokens = np.concatenate([np.arange(count) for count in tile_counts])
+    pair_tiles = np.repeat(np.arange(tiles[0]), tile_counts)
+    columns = pair_tiles[:, None] * per_tile + np.arange(per_tile)
+    positions = pair_tiles[:, None] * TILE_TOKENS + np.arange(TILE_TOKENS)
+    mask = np.where(positions < lengths[pair_tokens][:, None], 0.0, -np.inf).astype(np.float32)
+    return DecodeGroup(
+        torch.tensor([row for row, _, _ in singles]),
+        torch.from_numpy(pair_tokens),
+        _block_rows(tables[pair_tokens[:, None], columns], heads),
+        torch.from_numpy(mask[:, None, None, :]),
+        tile_counts,
+    )
+
+
+def _chunk_group(
+    row: int, start: int, count: int, table: np.ndarray, heads: Heads, block_tokens: int
+) -> ChunkGroup:
+    per_tile = TILE_TOKENS // block_tokens
+    num_tiles = -(-(start + count) // TILE_TOKENS)
+    used = -(-(start + count) // block_tokens)
+    padded = np.full(num_tiles * per_tile, table[0], dtype=np.int64)
+    padded[:used] = table[:used]
+    first_masked = start // TILE_TOKENS
+    keys = np.arange(first_masked * TILE_TOKENS, num_tiles * TILE_TOKENS)
+    queries = np.arange(start, start + count)
+    mask = np.where(keys.reshape(-1, 1, TILE_TOKENS) <= queries[None, :, None], 0.0, -np.inf)
+    return ChunkGroup(
+        row,
+        count,
+        _block_rows(padded.reshape(num_tiles, per_tile), heads),
+        first_masked,
+        torch.from_numpy(mask.astype(np.float32)[:, None, :, None, :]),
+    )
+
+
+def attention(
+    q: torch.Tensor, kv_layer: torch.Tensor, step: StepIndices, rows_min: int | None
+) -> torch.Tensor:
+    """See Ops.attention. q (rows, q_heads, head_dim); computed in float32."""
+    heads = step.heads
+    checks.shape("q", q, (None, heads.num_q_heads, heads.head_dim))
+    checks.contiguous("kv_layer", kv_layer)
+    kv_rows = kv_layer.view(kv_layer.shape[0] * 2 * heads.num_kv_heads, -1)
+    scaled = q.float() * heads.head_dim**-0.5
+    scaled = scaled.view(len(q), heads.num_kv_heads, heads.group, heads.head_dim)
+    out = torch.empty_like(scaled)
+    for decodes in step.decodes:
+        out[decodes.token_rows] = _decode(scaled, kv_rows, decodes, heads, rows_min or 1)
+    for chunk in step.chunks:
+        rows = slice(chunk.start_row, chunk.start_row + chunk.count)
+        out[rows] = _chunk(scaled[rows], kv_rows, chunk, heads)
+    return out.view(len(q), -1).to(q.dtype)
+
+
+def _decode(
+    q: torch.Tensor, kv_rows: torch.Tensor, group: DecodeGroup, heads: Heads, rows_min: int
+) -> torch.Tensor:
+    """(n, kv_heads, group, head_dim) for the n tokens of the group."""
+    kv_heads, dim = heads.num_kv_heads, heads.head_dim
+    pairs = len(group.pair_tokens)
+    keys, values = kv_rows.index_select(0, group.gather).float().view(2, -1, TILE_TOKENS, dim)
+    q = q.index_select(0, group.token_rows)
+    q = F.pad(q, (0, 0, 0, max(0, rows_min - heads.group)))
+    q = q.index_select(0, group.pair_tokens).view(pairs * kv_heads, -1, dim)
+    scores = torch.bmm(q, keys.transpose(1, 2)).view(pairs, kv_heads, -1, TILE_TOKENS)
+    scores += group.mask
+    peak = _over_tiles(torch.maximum, scores.amax(-1), group.tile_counts)
+    weights = scores.sub_(peak.index_select(0, group.pair_tokens)[..., None]).exp_()
+    sums = _over_tiles(torch.add, weights.sum(-1), group.tile_counts)
+    parts = torch.bmm(weights.view(pairs * kv_heads, -1, TILE_TOKENS), values)
+    total = _over_tiles(torch.add, parts.view(pairs, kv_heads, -1, dim), group.tile_counts)
+    return (total / sums[..., None])[:, :, : heads.group]
+
+
+def _over_tiles(combine, per_pair: torch.Tensor, tile_counts: list[int]) -> torch.Tensor:
+    """Combine the pairs of each token, in the order of tiles; writes into per_pair's head."""
+    if len(tile_counts) == 1:
+        return per_pair
+    total = per_pair[: tile_counts[0]].clone()
+    start = tile_counts[0]
+    for count in tile_counts[1:]:
+        combine(total[:count], per_pair[start : start + count], out=total[:count])
+        start += count
+    return total
+
+
+def _chunk(q: torch.Tensor, kv_rows: torch.Tensor, chunk: ChunkGroup, heads: Heads) -> torch.Tensor:
+    """(count, kv_heads, group, head_dim) for consecutive tokens of one sequence."""
+    kv_heads, group, dim = heads.num_kv_heads, heads.group, heads.head_dim
+    keys, values = kv_rows.index_select(0, chunk.gather).float().view(2, -1, TILE_TOKENS, dim)
+    tiles = len(keys) // kv_heads
+    q = q.transpose(0, 1).reshape(1, kv_heads, chunk.count * group, dim)
+    q = q.expand(tiles, -1, -1, -1).reshape(tiles * kv_heads, -1, dim)
+    scores = torch.bmm(q, keys.transpose(1, 2))
+    by_query = scores.view(tiles, kv_heads, chunk.count, group, TILE_TOKENS)
+    by_query[chunk.first_masked_tile :] += chunk.mask
+    scores = scores.view(tiles, kv_heads, -1, TILE_TOKENS)
+    peak = scores.amax(-1).amax(0)
+    weights = scores.sub_(peak[..., None]).exp_()
+    sums = _in_order(weights.sum(-1))
+    parts = torch.bmm(weights.view(tiles * kv_heads, -1, TILE_TOKENS), values)
+    total = _in_order(parts.view(tiles, kv_heads, -1, dim))
+    out = (total / sums[..., None]).view(kv_heads, chunk.count, group, dim)
+    return out.transpose(0, 1)
+
+
+def _in_order(per_tile: torch.Tensor) -> torch.Tensor:
+    """Sum over the first dimension, tile by tile; writes into per_tile[0]."""
+    total = per_tile[0]
+    for part in per_tile[1:]:
+        total += part
+    return total
+
+
+def probe_rows_min(heads: Heads) -> int | None:
+    """Smallest row count from which on a batched product of tile shape gives equal rows."""
+    generator = torch.Generator().manual_seed(heads.head_dim)
+    rows, kv_heads, dim = PROBE_ROWS[-1], heads.num_kv_heads, heads.head_dim
+    q = torch.randn(1, rows, dim, generator=generator)
+    weights = torch.rand(1, rows, TILE_TOKENS, generator=generator)
+    kv = torch.randn(kv_heads, TILE_TOKENS, dim, generator=generator)
+    differing = 0
+    for left, right in ((q, kv.transpose(1, 2)), (weights, kv)):
+        expected = torch.bmm(left.expand(kv_heads, -1, -1).contiguous(), right)
+        for count in PROBE_ROWS[:-1]:
+            for start in (0, rows - count):
+                part = left[:, start : start + count].expand(kv_heads, -1, -1).contiguous()
+                if not torch.equal(torch.bmm(part, right), expected[:, start : start + count]):
+                    differing = max(differing, count)
+    return next((tried for tried in ROWS_MIN_TRIED if tried > differing), None)

@@ -1,0 +1,69 @@
+"""Row-wise operations: root mean square norm, rotary embedding with KV write, gated activation.
+
+A row's result does not depend on the rows around it: every reduction runs over one contiguous row,
+and exp and silu see contiguous memory only (a strided input takes another code path in torch whose
+last bit differs).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import checks
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See Ops.rms_norm. Computed in float32. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+    checks.shape("weight", weight, (x.shape[-1],))
+    checks.contiguous("x", x)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """See Ops.add_rms_norm; writes residual."""
+    checks.shape("residual", residual, tuple(x.shape))
+    residual.add_(x)
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See Ops.silu_mul."""
+    width = gate_up.shape[-1] // 2
+    gate = gate_up[:, :width].contiguous()
+    return F.silu(gate) * gate_up[:, width:]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x (rows, heads, head_dim), pairs (i, i + head_dim / 2).
+
+    cos, sin (rows, head_dim / 2). Source: Su et al. 2021, arXiv:2104.09864, in Llama's pairing."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    low, high = x[..., :half].float(), x[..., half:].float()
+    out = torch.empty_like(x)
+    out[..., :half] = low * cos - high * sin
+    out[..., half:] = high * cos + low * sin
+    return out
+
+
+def rope_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    slots: torch.Tensor,
+    num_q_heads: int,
+) -> torch.Tensor:
+    """See Ops.rope_write. slots (rows·2·kv_heads,) int64: rows of kv_layer seen as
+    (num_blocks·2·kv_heads·block_tokens, head_dim), in the order (row, K|V, kv head)."""
+    checks.contiguous("kv_layer", kv_layer)
+    num_kv_heads, head_dim = kv_layer.shape[2], kv_layer.shape[4]
+    checks.shape("qkv", qkv, (None, (num_q_heads + 2 * num_kv_heads) * head_dim))
+    heads = qkv.view(len(qkv), num_q_heads + 2 * num_kv_heads, head_dim)
+    rotated = rotate(heads[:, : num_q_heads + num_kv_heads], cos, sin)
+    fresh = torch.cat((rotated[:, num_q_heads:], heads[:, num_q_heads + num_kv_heads :]), dim=1)
+    kv_layer.view(-1, head_dim).index_copy_(0, slots, fresh.view(-1, head_dim))
+    return rotated[:, :num_q_heads]
