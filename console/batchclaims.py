@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db.models import Exists, OuterRef
+from django.db.models import Exists, F, OuterRef
 
 from console.incarnation import is_dead
 from console.models import Batch, BatchLine
@@ -113,6 +113,14 @@ def release(line_pk: int, incarnation: str, attempts: int) -> bool:
             status="pending", claimed_by="", claimed_until=None, attempts=attempts
         )
         == 1
+    )
+
+
+def release_all(incarnation: str) -> int:
+    """Put back every line this incarnation holds, as if it had not been tried."""
+    held = BatchLine.objects.filter(status="claimed", claimed_by=incarnation)
+    return held.update(
+        status="pending", claimed_by="", claimed_until=None, attempts=F("attempts") - 1
     )
 
 

@@ -192,16 +192,11 @@ class BatchFeeder:
 
     async def _give_back(self) -> None:
         """Stop what runs and release it; a kill instead of a stop leaves this to the next run."""
-        lines = list(self._lines.values())
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for line in lines:
-            attempts = line.attempts - 1
-            try:
-                await self._writer.call(
-                    batchclaims.release, line.line_pk, self.incarnation, attempts
-                )
-            except DatabaseError as error:
-                logger.error("line not released line=%d: %s", line.line_pk, error)
+        try:
+            await self._writer.call(batchclaims.release_all, self.incarnation)
+        except DatabaseError as error:
+            logger.error("lines not released: %s", error)
