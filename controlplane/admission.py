@@ -28,14 +28,14 @@ def refuse_worker(request: GenerateRequest, workers: Iterable[Worker]) -> Reject
         if not known:
             return Rejected("no_worker", "no worker has joined", NO_WORKER_RETRY_S)
         return Rejected("model_not_served", f"no worker serves {request.model_id}", None)
+    prompt, total = request.prompt_tokens, request.prompt_tokens + request.output_tokens_max
     model_tokens = max(worker.model(request.model_id).max_model_len for worker in serving)
-    if request.prompt_tokens >= model_tokens:
-        text = f"prompt of {request.prompt_tokens} tokens, at most {model_tokens - 1}"
-        return Rejected("prompt_too_long", text, None)
+    if total > model_tokens:
+        text = f"prompt of {prompt} and output of {request.output_tokens_max} tokens, at most"
+        return Rejected("prompt_too_long", f"{text} {model_tokens} together", None)
     kv_tokens = max(worker.hello.num_blocks * worker.hello.block_tokens for worker in serving)
-    needed = request.prompt_tokens + request.output_tokens_max - 1
-    if needed > kv_tokens:
-        text = f"prompt and output of {needed} tokens, KV for {kv_tokens} on the largest worker"
+    if total - 1 > kv_tokens:
+        text = f"prompt and output of {total} tokens, KV for {kv_tokens} on the largest worker"
         return Rejected("prompt_too_long", text, None)
     return None
 

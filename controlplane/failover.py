@@ -19,6 +19,7 @@ class Tracked:
     phase_at_s: float
     epoch: int = 0
     placement: Placement | None = None
+    has_first_token: bool = False
     num_moves: int = 0
     num_refusals: int = 0
     avoid_until_s: dict[str, float] = field(default_factory=dict)

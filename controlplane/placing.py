@@ -82,7 +82,8 @@ class Placer:
         tracked.epoch += 1
         tracked.placement = placement
         tracked.resumable_on = ""
-        tracked.enter_phase("prefill", now_s)
+        is_going_on = tracked.has_first_token and placement.split == "local"
+        tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:
             self._observe(found, now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)

@@ -121,12 +121,9 @@ class Worker:
         return self.load.step_model if self.load else self.hello.step_model
 
     @property
-    def prefill_tokens_ahead(self) -> int:
-        """Online prompt tokens it has still to compute, reported or given since."""
-        reported = self.load.prefill_tokens_waiting if self.load else 0
-        return reported + sum(
-            held.prefill_tokens for held in self.unreported.values() if not held.is_batch
-        )
+    def prefill_tokens_given(self) -> int:
+        """Online prompt tokens dispatched to it that its last report cannot include yet."""
+        return sum(held.prefill_tokens for held in self.unreported.values() if not held.is_batch)
 
     def blocks_free(self, is_batch: bool) -> int:
         """KV blocks that a new sequence may get; batch rows give way to online ones."""

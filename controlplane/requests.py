@@ -12,7 +12,11 @@ from controlplane.placing import Placer
 from controlplane.planner import Planner
 from controlplane.registry import Registry, Worker
 
-REFUSALS_FINAL = ("too_long", "unknown_model")  # reasons that waiting does not mend
+REFUSALS_FINAL = (
+    "too_long",
+    "unknown_model",
+    "bad_token_ids",
+)  # reasons that waiting does not mend
 Answer = (
     protocol.Accepted
     | protocol.Rejected
@@ -87,7 +91,10 @@ class Requests:
 
     def first_token(self, event: domain.FirstToken, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)
-        if tracked is not None and tracked.phase == "prefill":
+        if tracked is None:
+            return
+        tracked.has_first_token = True
+        if tracked.phase == "prefill":
             tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
 
     def finished(self, event: domain.Finished) -> None:

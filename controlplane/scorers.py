@@ -72,8 +72,9 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
     if worker.worker_id in ask.avoid:
         return "refused this request a moment ago"
     model = worker.model(request.model_id)
-    if request.prompt_tokens >= model.max_model_len:
-        return f"prompt of {request.prompt_tokens} tokens, at most {model.max_model_len - 1}"
+    total = request.prompt_tokens + request.output_tokens_max
+    if total > model.max_model_len:
+        return f"prompt and output of {total} tokens, at most {model.max_model_len}"
     if request.slo.is_batch:
         if worker.num_batch >= config.batch_rows_max:
             return f"{worker.num_batch} batch sequences, at most {config.batch_rows_max}"
@@ -119,14 +120,20 @@ def measure(worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bo
 
 
 def _wait_s(worker: Worker, ask: Ask) -> float:
-    """Until the prompt starts: the rest of the step in hand, and the prompts given before it."""
-    ahead = worker.prefill_tokens_ahead
+    """Until the prompt starts: prompts given before it, less what the step in hand has done of
+    them, or else the rest of that step."""
+    load = worker.load
     beside = online_step(worker)
-    wait_s = 0.0
-    if worker.load and worker.load.running_online + worker.load.running_batch:
-        wait_s = max(0.0, worker.load.predicted_s - (ask.now_s - worker.heard_at_s))
-    if ahead:
-        wait_s += prefill_s(worker.step_model, 0, ahead, beside, ask.request.slo.itl_s_p99)
+    itl_s = ask.request.slo.itl_s_p99
+    reported = load.prefill_tokens_waiting if load else 0
+    ahead = reported + worker.prefill_tokens_given
+    wait_s = prefill_s(worker.step_model, 0, ahead, beside, itl_s) if ahead else 0.0
+    in_step_s = worker.busy_s + max(0.0, ask.now_s - worker.heard_at_s)
+    if reported:
+        done_s = prefill_s(worker.step_model, 0, reported, beside, itl_s)
+        wait_s = max(0.0, wait_s - min(in_step_s, done_s))
+    elif load and load.running_online + load.running_batch + load.waiting_batch:
+        wait_s += max(0.0, load.predicted_s - in_step_s)
     return wait_s
 
 

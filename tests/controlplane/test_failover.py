@@ -334,3 +334,14 @@ def test_load_report_of_a_move_is_not_mistaken_for_the_old_reservation():
     rig.send("w2", make_load())
     rig.finish()
     assert rig.worker("w2").requests == 0
+
+
+def test_phase_of_a_moved_stream_is_decode_when_its_client_has_ids():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit("r1"), rig.submit("r2")
+    started = rig.request("r1").placement.decode_worker
+    rig.handle(domain.FirstToken("r1", 0.3))
+    rig.close(started)
+    assert rig.request("r1").phase == "decode"
+    assert rig.request("r2").phase == "prefill"

@@ -25,7 +25,7 @@ def test_short_prompt_stays_on_the_decode_worker(prompt_tokens):
     assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 1, "full")]
 
 
-@pytest.mark.parametrize("prompt_tokens", [128, 256, 600, 2000])
+@pytest.mark.parametrize("prompt_tokens", [128, 256, 600, 1500])
 def test_long_prompt_is_handed_off_with_one_capability_for_both_sides(prompt_tokens):
     commands = demo().submit(prompt_tokens=prompt_tokens)
     placed = placement(commands)
@@ -239,10 +239,10 @@ def test_blocks_given_but_not_reported_are_not_given_twice():
     assert placement(started).decode_worker == "w1"
 
 
-def test_prompt_longer_than_the_model_is_rejected():
+def test_prompt_and_output_longer_than_the_model_are_rejected():
     rig = demo()
-    outcome = rejection(rig.submit(prompt_tokens=MODEL.max_model_len))
-    assert outcome.code == "prompt_too_long" and "at most 2047" in outcome.message
+    outcome = rejection(rig.submit(prompt_tokens=MODEL.max_model_len, output_tokens_max=1))
+    assert outcome.code == "prompt_too_long" and "at most 2048 together" in outcome.message
     assert placement(rig.submit("r2", prompt_tokens=MODEL.max_model_len - 1, output_tokens_max=1))
 
 
@@ -278,3 +278,16 @@ def test_records_name_at_most_the_configured_candidates_the_chosen_ones_first():
     record = of(domain.Decided, rig.submit(prompt_tokens=400))[0].record
     assert len(record.candidates) == 3
     assert {row.worker_id for row in record.candidates[:2]} == {"w7", "w1"}
+
+
+def test_step_in_hand_is_taken_off_the_wait_for_the_prompts_before():
+    rig = demo()
+    rig.send("w2", make_load(prefill_tokens_waiting=400))
+    waits = []
+    for index in range(3):
+        record = of(domain.Decided, rig.submit(f"r{index}", prompt_tokens=40))[0].record
+        waits.append(record.candidates[0].queue_s)
+        rig.finish(f"r{index}")
+        rig.now_s += 0.5
+    assert waits[0] > 1.2
+    assert waits[0] - waits[1] == pytest.approx(0.5) and waits[1] - waits[2] == pytest.approx(0.5)
