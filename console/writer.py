@@ -45,6 +45,16 @@ class WorkerFact:
 
 Fact = RequestFact | PlanFact | WorkerFact
 _ROWS: dict[type[Any], type[Any]] = {RequestFact: RequestRecord, PlanFact: PlanRecord}
+# A commit whose answer was lost is repeated, so a request's row may be there: writing its id again
+# changes nothing. (SQLite's way of ignoring conflicts would also ignore broken rows.)
+_CONFLICTS: dict[type[Any], dict[str, Any]] = {
+    RequestRecord: {
+        "update_conflicts": True,
+        "unique_fields": ["request_id"],
+        "update_fields": ["request_id"],
+    },
+    PlanRecord: {},
+}
 
 
 @dataclass(slots=True)
@@ -195,7 +205,7 @@ def _insert(row_type: type[Any], rows: list[Any]) -> int:
     """Insert together, or one by one when a row is refused; a row that is there stays as it is."""
     try:
         with transaction.atomic():
-            row_type.objects.bulk_create(rows, batch_size=500, ignore_conflicts=True)
+            row_type.objects.bulk_create(rows, batch_size=500, **_CONFLICTS[row_type])
     except (OperationalError, InterfaceError):
         raise
     except DatabaseError:
@@ -207,7 +217,7 @@ def _insert_one(row_type: type[Any], row: Any) -> bool:
     """False, with a line in the log, when the database refuses this row."""
     try:
         with transaction.atomic():
-            row_type.objects.bulk_create([row], ignore_conflicts=True)
+            row_type.objects.bulk_create([row], **_CONFLICTS[row_type])
     except (OperationalError, InterfaceError):
         raise
     except DatabaseError as error:

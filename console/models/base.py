@@ -8,13 +8,13 @@ from django.utils import timezone
 
 # Names that appear in URLs, metrics labels and headers.
 name_validator = RegexValidator(
-    r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$",
+    r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?\Z",
     "1 to 64 lower-case letters, digits, '.', '_' or '-', beginning and ending with one of the "
     "former two",
 )
 # Model ids may hold capitals and a slash, as on model hubs.
 model_id_validator = RegexValidator(
-    r"^[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?$",
+    r"^[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z",
     "1 to 128 letters, digits, '.', '_', '/' or '-', beginning and ending with one of the former "
     "two",
 )
