@@ -97,7 +97,7 @@ def load(
     if num_blocks < 1 or threads < 1:
         raise ConfigError(f"kv_tokens={kv_tokens}, threads={threads}: too small")
     torch.set_num_threads(threads)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: handoff writes into the KV arrays later
         chosen = (
             faster_dtype(config.hidden_size, config.intermediate_size)
             if dtype == "auto"
