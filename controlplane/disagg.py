@@ -29,10 +29,11 @@ class TransferRates:
         return self._rates.get(pair, 1.0 / self.config.transfer_bytes_per_s)
 
     def observe(self, pair: tuple[str, str], num_bytes: int, seconds: float) -> None:
-        if num_bytes <= 0:
-            return
+        """Learn from a transfer of that many bytes of KV, beyond the set-up that each costs."""
+        assert num_bytes > 0, num_bytes
         weight = self.config.transfer_weight
-        rate = (1.0 - weight) * self.seconds_per_byte(pair) + weight * seconds / num_bytes
+        measured = max(0.0, seconds - self.config.transfer_setup_s) / num_bytes
+        rate = (1.0 - weight) * self.seconds_per_byte(pair) + weight * measured
         self._rates[pair] = rate
         self._rates.move_to_end(pair)
         if len(self._rates) > self.config.pairs_max:

@@ -220,9 +220,12 @@ class Requests:
             prefill.release(tracked.request_id)
         pair = (placement.prefill_worker, placement.decode_worker)
         if tracked.handoff_ready_at_s is not None:
-            # The message may count the wait for the prefill as well.
+            # The message may count the wait for the prefill as well. Bytes are those that the
+            # prediction counts with.
             seconds = min(message.seconds, now_s - tracked.handoff_ready_at_s)
-            self._placer.rates.observe(pair, message.bytes, seconds)
+            per_token = worker.model(tracked.request.model_id).kv_bytes_per_token
+            num_bytes = max(1, per_token * tracked.request.prompt_tokens)
+            self._placer.rates.observe(pair, num_bytes, seconds)
         self._placer.prefixes.insert(placement.decode_worker, tracked.request.block_hashes)
         tracked.enter_phase("decode", now_s)
         self._commands.append(

@@ -1,0 +1,324 @@
+"""A cluster in virtual time: the real ControlPlane, modelled workers, and links that can fail.
+
+It plays the driver (console/fleet.py) and the gateway: it carries out commands, keeps a journal per
+request, and asserts at once when an id is repeated, skipped or wrong.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from controlplane import domain, protocol
+from controlplane.config import ControlPlaneConfig
+from controlplane.plane import ControlPlane
+from controlplane.sim.events import Events
+from controlplane.sim.worker import Key, ModelledWorker, output_id
+
+TICK_S = 0.1
+HEARTBEAT_S = 1.0
+MESSAGE_S_MAX = 0.02
+TRANSFER_BYTES_S = 1e9
+SECRET = b"simulated cluster"
+
+
+@dataclass(slots=True)
+class Stream:
+    """A client's request: what it was given so far, and its one end."""
+
+    request: domain.GenerateRequest
+    prompt_ids: list[int]
+    epoch: int = 0
+    ids: list[int] = field(default_factory=list)
+    end: str = ""
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker process with its link. A dead one never acts again; a frozen one acts later."""
+
+    worker: ModelledWorker
+    facts: protocol.Hello
+    worker_id: str = ""
+    epoch: int = 0
+    resume_secret: str = ""
+    is_connected: bool = False
+    is_dead: bool = False
+    frozen_until_s: float = 0.0
+    sent_until_s: float = 0.0  # links keep their order
+    received_until_s: float = 0.0
+
+
+class Cluster:
+    def __init__(
+        self, seed: int, config: ControlPlaneConfig, transfer_failures: float = 0.0
+    ) -> None:
+        self.events = Events(seed)
+        self.plane = ControlPlane(config, SECRET)
+        self.members: list[Member] = []
+        self.streams: dict[str, Stream] = {}
+        self.commands: list[domain.Command] = []
+        self.ready: set[Key] = set()  # prefills whose KV waits for its peer
+        self._transfer_failures = transfer_failures
+        self.events.after(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self.handle(domain.Tick())
+        self.events.after(TICK_S, self._tick)
+
+    def handle(self, event: domain.Event) -> None:
+        commands = self.plane.handle(event, self.events.now_s, self.events.random.random)
+        self.plane.check_integrity()
+        self.commands += commands
+        for command in commands:
+            self._execute(command)
+
+    # --- what a scenario does
+
+    def add(self, hello: protocol.Hello) -> Member:
+        """A new worker process joins."""
+        worker = ModelledWorker(hello.role, hello.step_model, hello.num_blocks, hello.block_tokens)
+        member = Member(worker, hello)
+        self.members.append(member)
+        self._connect(member)
+        self._beat(member)
+        return member
+
+    def kill(self, member: Member) -> None:
+        """kill -9: the closed connection is noticed a moment later."""
+        member.is_dead = True
+        self._disconnect(member)
+
+    def freeze(self, member: Member, seconds: float) -> None:
+        """SIGSTOP for a while: nothing is sent, nothing is read."""
+        member.frozen_until_s = self.events.now_s + seconds
+
+    def cut(self, member: Member) -> None:
+        """The link breaks; the worker goes on and dials in again."""
+        self._disconnect(member)
+        self.events.after(self.events.random.uniform(0.1, 5.0), partial(self._connect, member))
+
+    def submit(self, request: domain.GenerateRequest) -> None:
+        prompt_ids = [self.events.random.randrange(50_000) for _ in range(request.prompt_tokens)]
+        self.streams[request.request_id] = Stream(request, prompt_ids)
+        self.handle(domain.Submit(request))
+
+    def cancel(self, request_id: str) -> None:
+        """The client goes away."""
+        stream = self.streams[request_id]
+        if not stream.end:
+            stream.end = "cancelled"
+            self.handle(domain.Finished(request_id, "cancelled", len(stream.ids)))
+
+    # --- links
+
+    def _connect(self, member: Member) -> None:
+        if member.is_dead or member.is_connected:
+            return
+        proof = None
+        if member.worker_id:
+            proof = protocol.ResumeProof(member.worker_id, member.resume_secret)
+        facts = {name: getattr(member.facts, name) for name in member.facts.__struct_fields__}
+        facts |= {"token": None if proof else "t", "resume": proof}
+        facts |= {"role": member.worker.role, "sequences": member.worker.live()}
+        held = {(item.request_id, item.epoch) for item in facts["sequences"]}
+        for key in [key for key in member.worker.sequences if key not in held]:
+            member.worker.drop(key)  # an open transfer does not outlive its connection
+        member.is_connected = True
+        index = self.members.index(member)
+        self.handle(domain.WorkerHello(str(index), protocol.Hello(**facts)))
+
+    def _disconnect(self, member: Member) -> None:
+        if member.is_connected:
+            member.is_connected = False
+            closed = domain.WorkerClosed(member.worker_id, member.epoch)
+            self.events.after(MESSAGE_S_MAX, partial(self.handle, closed))
+
+    def _delay(self, until_s: float) -> float:
+        """When a message sent now arrives on a link that keeps its order."""
+        return max(until_s, self.events.now_s + self.events.random.uniform(0.0, MESSAGE_S_MAX))
+
+    def _send(self, member: Member, message: object) -> None:
+        """To the plane. Of what is sent on a broken link half is lost, and half arrives all the
+        same, under the epoch of that connection."""
+        if not member.is_connected and self.events.random.random() < 0.5:
+            return
+        member.sent_until_s = self._delay(member.sent_until_s)
+        event = partial(self._receive, member.worker_id, member.epoch, message)
+        self.events.at(member.sent_until_s, event)
+
+    def _receive(self, worker_id: str, epoch: int, message: object) -> None:
+        if isinstance(message, protocol.StepReport):
+            for report in message.sequences:
+                self._journal(report)
+            message = message.load
+        self.handle(domain.WorkerMessage(worker_id, epoch, message))  # type: ignore[arg-type]
+
+    def _act(self, member: Member, epoch: int, action: partial[None]) -> None:
+        """Run a worker's action when it is neither frozen nor dead nor of an older connection."""
+        is_lost = epoch and (epoch != member.epoch or not member.is_connected)
+        if member.is_dead or is_lost:
+            return
+        if self.events.now_s < member.frozen_until_s:
+            again = partial(self._act, member, epoch, action)
+            self.events.at(member.frozen_until_s, again)
+        else:
+            action()
+
+    # --- commands
+
+    def _execute(self, command: domain.Command) -> None:
+        match command:
+            case domain.Greet(connection_id, message):
+                member = self.members[int(connection_id)]
+                assert isinstance(message, protocol.Welcome), message
+                member.worker_id, member.epoch = message.worker_id, message.epoch
+                member.resume_secret = message.resume_secret
+            case domain.CloseWorker(worker_id):
+                member = self._member(worker_id)
+                if member.is_connected:
+                    member.is_connected = False
+                    self._act(member, 0, partial(self._reconnect_later, member))
+            case domain.Dispatch(worker_id):
+                member = self._member(worker_id)
+                stream = self.streams[command.request_id]
+                stream.epoch = command.epoch
+                assert not stream.end, f"{command.request_id} was dispatched after its end"
+                self._to_worker(worker_id, partial(self._assign, member, self._message(command)))
+            case domain.CancelSequence(worker_id, request_id, epoch):
+                worker = self._member(worker_id).worker
+                self._to_worker(worker_id, partial(worker.drop, (request_id, epoch)))
+            case domain.Reattach(worker_id, request_id, epoch):
+                member = self._member(worker_id)
+                self._to_worker(worker_id, partial(self._resend, member, (request_id, epoch)))
+            case domain.SendRole(worker_id, role):
+                self._member(worker_id).worker.role = role
+            case domain.SendDrain(worker_id):
+                self._member(worker_id).worker.is_draining = True
+            case domain.Decided(request_id, domain.Rejected() as rejected):
+                stream = self.streams[request_id]
+                assert not stream.end, f"{request_id} ended as {stream.end} and was rejected"
+                stream.end = rejected.code
+            case _:
+                pass
+
+    def _member(self, worker_id: str) -> Member:
+        return next(member for member in self.members if member.worker_id == worker_id)
+
+    def _reconnect_later(self, member: Member) -> None:
+        self.events.after(self.events.random.uniform(0.1, 5.0), partial(self._connect, member))
+
+    def _to_worker(self, worker_id: str, action: partial[None]) -> None:
+        member = self._member(worker_id)
+        member.received_until_s = self._delay(member.received_until_s)
+        act = partial(self._act, member, member.epoch, action)
+        self.events.at(member.received_until_s, act)
+
+    def _message(self, command: domain.Dispatch) -> protocol.Assign:
+        stream = self.streams[command.request_id]
+        slo = stream.request.slo
+        return protocol.Assign(
+            request_id=command.request_id,
+            epoch=command.epoch,
+            model_id=stream.request.model_id,
+            stage=command.stage,
+            prompt_ids=stream.prompt_ids,
+            delivered=list(stream.ids),
+            sampling=protocol.Sampling(stream.request.output_tokens_max),
+            targets=protocol.ClassTargets(
+                slo.name, slo.rank, slo.ttft_s_p99, slo.itl_s_p99, slo.is_batch
+            ),
+            salt=stream.request.tenant_id.encode(),
+            handoff_out=command.handoff_out,
+            handoff_in=command.handoff_in,
+        )
+
+    # --- workers
+
+    def _beat(self, member: Member) -> None:
+        if member.is_dead:
+            return
+        if member.is_connected and self.events.now_s >= member.frozen_until_s:
+            self._send(member, protocol.Heartbeat(member.worker.load(), 0.0))
+            if member.worker.is_draining and not member.worker.sequences:
+                self._send(member, protocol.Drained())
+        self.events.after(HEARTBEAT_S, partial(self._beat, member))
+
+    def _assign(self, member: Member, message: protocol.Assign) -> None:
+        answer = member.worker.assign(message, self.events.now_s)
+        self._send(member, answer)
+        if message.handoff_in is not None and isinstance(answer, protocol.Accepted):
+            key = (message.request_id, message.epoch)
+            limit_s = self.events.now_s + message.handoff_in.timeout_s
+            self._fetch(member, key, message.handoff_in.address, limit_s)
+        self._step(member)
+
+    def _fetch(self, member: Member, key: Key, address: str, limit_s: float) -> None:
+        """The decode side asks its peer for the KV every 10 ms until it has it or gives up."""
+        sequence = member.worker.sequences.get(key)
+        if sequence is None or sequence.phase != "arriving":
+            return
+        peer = next(item for item in self.members if item.facts.handoff_address == address)
+        reason = "timeout" if self.events.now_s > limit_s else ""
+        if peer.is_dead:
+            reason = "unreachable"
+        held = peer.worker.sequences.get(key)
+        if not reason and (held is None or held.phase != "leased"):
+            again = partial(self._fetch, member, key, address, limit_s)
+            self.events.after(0.01, partial(self._act, member, 0, again))
+            return
+        if not reason and self.events.random.random() < self._transfer_failures:
+            reason = "checksum"
+        if reason:
+            member.worker.drop(key)
+            self._send(member, protocol.HandoffFailed(*key, reason))
+            return
+        assert held is not None
+        member.worker.install(key, held.output_ids[held.delivered_tokens :])
+        peer.worker.drop(key)
+        num_bytes = held.handoff_tokens * member.facts.models[0].kv_bytes_per_token
+        self._send(member, protocol.HandoffDone(*key, 1, num_bytes, num_bytes / TRANSFER_BYTES_S))
+        self._step(member)
+
+    def _step(self, member: Member) -> None:
+        """Start a step when none is in hand."""
+        if member.worker.plan is not None:
+            return
+        seconds = member.worker.start_step(self.events.now_s)
+        if seconds is not None:
+            done = partial(self._step_done, member)
+            self.events.after(seconds, partial(self._act, member, 0, done))
+
+    def _step_done(self, member: Member) -> None:
+        reports, ready = member.worker.finish_step(self.events.now_s)
+        self._send(member, protocol.StepReport(reports, member.worker.load()))
+        for key in ready:
+            self._send(member, protocol.HandoffReady(*key, 1, 1000))
+        self._step(member)
+
+    def _resend(self, member: Member, key: Key) -> None:
+        """All ids of the sequence again; the journal drops those it has."""
+        sequence = member.worker.sequences.get(key)
+        if sequence is not None:
+            report = protocol.SequenceReport(*key, 0, sequence.output_ids, None, 0, 0, 0)
+            self._send(member, protocol.StepReport([report], member.worker.load()))
+        self._step(member)
+
+    # --- the gateway
+
+    def _journal(self, report: protocol.SequenceReport) -> None:
+        stream = self.streams[report.request_id]
+        if stream.end or report.epoch != stream.epoch:
+            return
+        fresh = report.token_ids[len(stream.ids) - report.seq :] if report.token_ids else []
+        if report.seq > len(stream.ids):  # ids were lost with an older connection
+            self.handle(domain.Stalled(report.request_id, report.epoch))
+            return
+        if fresh and not stream.ids:
+            ttft_s = self.events.now_s - stream.request.arrived_at_s
+            self.handle(domain.FirstToken(report.request_id, ttft_s))
+        for token_id in fresh:
+            assert token_id == output_id(stream.prompt_ids, len(stream.ids)), report
+            stream.ids.append(token_id)
+        if report.finish_reason == "length":
+            assert len(stream.ids) == stream.request.output_tokens_max, report
+            stream.end = "completed"
+            self.handle(domain.Finished(report.request_id, "completed", len(stream.ids)))

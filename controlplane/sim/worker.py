@@ -1,0 +1,158 @@
+"""A worker with the real scheduler and block pool, whose steps take modelled time.
+
+Ids are a function of the prompt and the output index, so a request continued on another worker must
+give the same ids, and one continued at a wrong index gives others.
+"""
+
+from collections.abc import Sequence as Seq
+
+from controlplane import protocol
+from controlplane.latency import LatencyModel
+from gpuworkers import blocks, scheduler
+from gpuworkers.sequence import Sequence, from_assign
+
+VOCABULARY = 50_000
+Key = tuple[str, int]
+
+
+def output_id(prompt_ids: Seq[int], index: int) -> int:
+    """The id that any worker samples at this output index."""
+    return (sum(prompt_ids) * 31 + len(prompt_ids) * 17 + index * 7919) % VOCABULARY
+
+
+class ModelledWorker:
+    """One engine process; knows nothing of links or of the plane."""
+
+    def __init__(
+        self, role: protocol.Role, step_model: protocol.StepModel, num_blocks: int, block: int
+    ) -> None:
+        self.role = role
+        self.model = LatencyModel(step_model)
+        self.pool = blocks.BlockPool(num_blocks, block)
+        self.policy = protocol.Policy()
+        self.is_draining = False
+        self.sequences: dict[Key, Sequence] = {}
+        self.plan: scheduler.Plan | None = None  # the step in hand
+        self.num_steps = 0
+        self._last_s = self._online_s = 0.0
+
+    def assign(
+        self, message: protocol.Assign, now_s: float
+    ) -> protocol.Accepted | protocol.Rejected:
+        """Take the sequence and its blocks, or say why not."""
+        sequence = from_assign(message, now_s)
+        assert sequence.key not in self.sequences, f"{sequence.key} was dispatched twice"
+        size = self.pool.block_tokens
+        num_blocks = blocks.blocks_for(sequence.tokens_max, size)
+        hashes: list[bytes] = []
+        if sequence.stage != "decode":
+            reusable = (len(sequence.token_ids) - 1) // size * size
+            blocks.extend_hashes(hashes, sequence.salt, sequence.token_ids, reusable, size)
+        reason = "draining" if self.is_draining else ""
+        if not reason and not self.pool.has_room(hashes, num_blocks):
+            reason = "no_kv_room"
+        if reason:
+            return protocol.Rejected(*sequence.key, reason, self.pool.num_available)
+        sequence.computed_tokens = size * self.pool.allocate(sequence.key, hashes, num_blocks)
+        sequence.hashes = hashes
+        sequence.phase = "arriving" if sequence.stage == "decode" else "running"
+        self.sequences[sequence.key] = sequence
+        return protocol.Accepted(*sequence.key)
+
+    def drop(self, key: Key) -> None:
+        """Cancelled, abandoned or finished; unknown keys were dropped before."""
+        if self.sequences.pop(key, None) is not None:
+            self.pool.free(key)
+
+    def install(self, key: Key, first_ids: Seq[int]) -> None:
+        """A peer's KV is here: decode after its ids."""
+        sequence = self.sequences[key]
+        assert sequence.phase == "arriving", sequence.phase
+        sequence.computed_tokens = len(sequence.token_ids)
+        sequence.token_ids.extend(first_ids)
+        sequence.phase = "running"
+
+    def start_step(self, now_s: float) -> float | None:
+        """Plan a step; its modelled seconds, or None with nothing to run."""
+        running = [item for item in self.sequences.values() if item.phase == "running"]
+        state = scheduler.SchedulerState(
+            decoding=tuple(s for s in running if s.is_decoding and not s.is_batch),
+            prefilling=tuple(s for s in running if not s.is_decoding and not s.is_batch),
+            batch_decoding=tuple(s for s in running if s.is_decoding and s.is_batch),
+            batch_prefilling=tuple(s for s in running if not s.is_decoding and s.is_batch),
+        )
+        plan = scheduler.plan(now_s, state, self.model, self.policy)
+        self.plan = plan if plan.rows else None
+        return plan.predicted_s if plan.rows else None
+
+    def finish_step(self, now_s: float) -> tuple[list[protocol.SequenceReport], list[Key]]:
+        """Record the step in hand: reports with new ids, and prefills that wait for their peer."""
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        self.num_steps += 1
+        self._last_s = plan.predicted_s
+        self._online_s += plan.predicted_s * plan.num_online / len(plan.rows)
+        reports, ready = [], []
+        for row in plan.rows:
+            sequence = row.sequence
+            if sequence.key not in self.sequences:  # cancelled while the step ran
+                continue
+            sequence.computed_tokens += row.count
+            if not row.samples:
+                continue
+            index = sequence.output_tokens
+            token_id = output_id(sequence.token_ids[: sequence.prompt_tokens], index)
+            sequence.token_ids.append(token_id)
+            sequence.last_token_at_s = now_s
+            reason = sequence.finish_reason(())
+            reports.append(
+                protocol.SequenceReport(
+                    *sequence.key, index, [token_id], reason, 0, 0, sequence.computed_tokens
+                )
+            )
+            if reason is not None:
+                self.drop(sequence.key)
+            elif sequence.stage == "prefill":
+                sequence.phase = "leased"
+                self.pool.lease(sequence.key)
+                ready.append(sequence.key)
+        self.pool.check_integrity()
+        return reports, ready
+
+    def live(self) -> list[protocol.LiveSequence]:
+        """What it can go on with after a reconnect; a transfer in progress it cannot."""
+        return [
+            protocol.LiveSequence(*item.key, item.output_tokens)
+            for item in self.sequences.values()
+            if item.phase == "running" and item.stage != "prefill"
+        ]
+
+    def load(self) -> protocol.WorkerLoad:
+        online = [item for item in self.sequences.values() if not item.is_batch]
+        running = [item for item in online if item.phase == "running"]
+        num_batch = len(self.sequences) - len(online)
+        online_s, self._online_s = self._online_s, 0.0
+        return protocol.WorkerLoad(
+            role=self.role,
+            step_index=self.num_steps,
+            predicted_s=self._last_s,
+            measured_s=self._last_s,
+            online_s=online_s,
+            batch_s=0.0,
+            idle_s=0.0,
+            rows_online=len(running),
+            rows_batch=num_batch,
+            running_online=len(running),
+            running_batch=num_batch,
+            waiting_online=0,
+            waiting_batch=0,
+            prefill_tokens_waiting=sum(
+                item.pending_tokens for item in running if not item.is_decoding
+            ),
+            context_tokens_running=sum(item.computed_tokens for item in running),
+            kv_blocks_total=self.pool.num_blocks,
+            kv_blocks_free=self.pool.num_free,
+            kv_blocks_cached=self.pool.num_cached,
+            kv_blocks_held_batch=0,
+            step_model=self.model.coefficients(),
+        )
