@@ -28,6 +28,16 @@ RENDER_CHARS_FREE = 65_536  # what a template may add to its input
 RENDER_FACTOR_MAX = 4
 _BREAK = "\x00"  # parts special-token text in messages; caps.py refuses NUL from clients
 _BYTE_TURN_START, _BYTE_TURN_END = 256, 257
+# What an expression of a template can raise, on messages that its author did not think of.
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class TemplateRefused(ValueError):
@@ -84,10 +94,12 @@ class FolderTokenizer:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            definition = (folder / "tokenizer.json").read_text()
+            json.loads(definition)  # says where it is broken; the library raises bare Exception
             config = json.loads((folder / "tokenizer_config.json").read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"model folder {folder}: {error}") from error
+        self._tokenizer = Tokenizer.from_str(definition)
         template = config.get("chat_template") or ""
         if not isinstance(template, str) or len(template) > TEMPLATE_CHARS_MAX:
             raise ConfigError(f"model folder {folder}: chat_template is no text of ours")
@@ -104,7 +116,7 @@ class FolderTokenizer:
         self._special_ids = special
         alternatives = "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True))
         self._special = re.compile(f"({alternatives})") if special else None
-        self._plain = Tokenizer.from_str(self._tokenizer.to_str())
+        self._plain = Tokenizer.from_str(definition)
         self._plain.encode_special_tokens = True  # special-token text is text to this one
         self.pieces = _byte_pieces(self._tokenizer, set(special.values()), folder)
         self.token_bytes_max = max(map(len, self.pieces))
@@ -147,7 +159,9 @@ class FolderTokenizer:
                 size += len(piece)
                 if size > chars_max:
                     raise TemplateRefused("The chat template made too much of these messages.")
-        except (jinja2.TemplateError, TypeError, OverflowError) as error:
+        except TemplateRefused:
+            raise
+        except _TEMPLATE_FAULTS as error:
             raise TemplateRefused(f"The chat template refused the messages: {error}") from None
         return "".join(pieces)
 
@@ -215,11 +229,23 @@ def _stand_ins() -> Iterator[tuple[int, str]]:
             shifted += 1
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without the operators that make a lot out of little.
+
+    Templates come from model folders that an operator installed, never from a client; the sandbox
+    bounds what a bad one can do with a client's messages."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*" and type(left) is int and type(right) is int:
+            return left * right
+        raise TemplateRefused(f"A chat template must not use {operator} here.")
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The names and whitespace rules that transformers gives chat templates, in a sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    """The names and whitespace rules that transformers gives chat templates, in the sandbox."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["range"] = _short_range
     environment.globals["raise_exception"] = _raise_exception

@@ -1,0 +1,213 @@
+"""Gateway: one settled outcome for each request, ids to text, stop, cancel, failure."""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+
+from console.gateway import (
+    CANDIDATES_MAX,
+    DECISIONS_MAX,
+    EVENTS_SLACK,
+    HASH_BLOCK_TOKENS,
+    MERGE_TOKENS_MAX,
+    Completion,
+    Delta,
+    Refusal,
+    Tokens,
+)
+from console.requests import parse_completion, spec_of
+from console.tokens import Tokenizers
+from controlplane import domain, protocol
+from tests.console.memoryserver import (
+    CLASSES,
+    MODEL_ID,
+    TENANT,
+    MemoryServer,
+    make_snapshot,
+)
+
+TOKENIZERS = Tokenizers()
+
+
+def make_spec(**changes):
+    body = {"model": MODEL_ID, "prompt": "abc", "max_tokens": 100} | changes
+    parsed = parse_completion(body, make_snapshot(), TOKENIZERS, TENANT)
+    return spec_of(parsed, TENANT, "key", "completions")
+
+
+async def items_of(server, spec):
+    async with aclosing(server.gateway.generate(spec)) as stream:
+        return [item async for item in stream]
+
+
+async def test_deltas_are_contiguous_and_the_last_has_reason_and_usage():
+    server = MemoryServer("hello")
+    items = await items_of(server, make_spec())
+    assert all(isinstance(item, Delta) for item in items)
+    ids = []
+    for item in items:
+        assert item.seq == len(ids)
+        ids += item.token_ids
+    assert ids == list(b"hello") and "".join(item.text for item in items) == "hello"
+    assert [item.finish_reason for item in items[:-1]] == [None] * (len(items) - 1)
+    assert items[-1].finish_reason == "stop"
+    assert items[-1].usage.prompt_tokens == 3 and items[-1].usage.output_tokens == 5
+
+
+async def test_ids_that_wait_are_merged_up_to_a_bound():
+    server = MemoryServer("x" * 20)
+    live = server.gateway.prepare(make_spec())
+    stream = server.gateway.generate(make_spec(), live)
+    first = await anext(stream)
+    while live.journal.finish_reason is None:
+        await asyncio.sleep(0)
+    second = await anext(stream)
+    assert len(first.token_ids) == 1 and len(second.token_ids) == MERGE_TOKENS_MAX
+    await stream.aclose()
+
+
+async def test_collect_gives_the_whole_output():
+    server = MemoryServer("hello")
+    completion = await server.gateway.collect(make_spec(stop=["lo"]))
+    assert isinstance(completion, Completion)
+    assert (completion.text, completion.finish_reason) == ("hel", "stop")
+    assert completion.token_ids == list(b"hello")
+    assert completion.request_id == server.request_facts()[0].request_id
+
+
+async def test_refusal_is_the_only_item_when_nothing_was_generated():
+    server = MemoryServer(num_workers=0)
+    (item,) = await items_of(server, make_spec())
+    assert isinstance(item, Refusal) and item.rejected.code in ("no_worker", "model_not_served")
+    fact = server.request_facts()[0]
+    assert fact.status == "rejected" and fact.error_code == item.rejected.code
+    assert fact.ttft_ms is None and fact.itl_ms_p99 is None and fact.split == ""
+    assert await server.gateway.collect(make_spec()) == item
+    assert server.fleet.requests == {}
+
+
+async def test_worker_that_gives_up_ends_the_output_with_a_refusal():
+    server = MemoryServer("abcdef")
+    server.worker.gate, server.worker.ids_before_gate = asyncio.Event(), 2
+    stream = server.gateway.generate(make_spec())
+    assert (await anext(stream)).token_ids
+    assert (await anext(stream)).token_ids
+    server.worker.report(server.worker.assigned[0], 2, [99], "error")
+    items = [item async for item in stream]
+    assert [type(item) for item in items] == [Delta, Refusal]
+    assert items[0].token_ids == [99] and items[0].finish_reason is None
+    assert items[1].rejected.code == "worker_error"
+    assert [fact.status for fact in server.request_facts()] == ["failed"]
+
+
+async def test_closing_the_stream_cancels_once():
+    server = MemoryServer("abcdef")
+    server.worker.gate, server.worker.ids_before_gate = asyncio.Event(), 2
+    stream = server.gateway.generate(make_spec())
+    await anext(stream)
+    await stream.aclose()
+    assert [fact.status for fact in server.request_facts()] == ["cancelled"]
+    assert server.worker.cancelled == [server.worker.assigned[0].request_id]
+
+
+async def test_cancelling_collect_cancels_the_request():
+    server = MemoryServer("abcdef")
+    server.worker.gate = asyncio.Event()
+    task = asyncio.create_task(server.gateway.collect(make_spec()))
+    while not server.worker.assigned:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    assert [fact.status for fact in server.request_facts()] == ["cancelled"]
+
+
+async def test_fault_of_ours_is_a_failed_request():
+    server = MemoryServer("abc")
+    broken = replace(make_spec(), tokenizer=None)
+    with pytest.raises(AttributeError):
+        await items_of(server, broken)
+    assert server.request_facts() == []  # before submit nothing has begun
+    broken = replace(make_spec(), tokenizer=type("Empty", (), {"pieces": []})())
+    with pytest.raises(IndexError):
+        await items_of(server, broken)
+    assert [fact.status for fact in server.request_facts()] == ["failed"]
+    assert server.fleet.requests == {}
+
+
+async def test_unseeded_draws_differ_and_seeded_ones_do_not():
+    server = MemoryServer()
+    unseeded = {server.gateway.prepare(make_spec()).sampling.seed for _ in range(8)}
+    assert len(unseeded) == 8
+    assert {server.gateway.prepare(make_spec(seed=7)).sampling.seed for _ in range(3)} == {7}
+    greedy = server.gateway.prepare(make_spec(temperature=0))
+    assert greedy.sampling.seed == 0
+
+
+async def test_prepared_request_names_the_blocks_of_its_prompt_under_the_tenants_salt():
+    server = MemoryServer()
+    prompt = list(range(2 * HASH_BLOCK_TOKENS + 1))
+    spec = make_spec(prompt=prompt)
+    live = server.gateway.prepare(spec)
+    hashes = live.request.block_hashes
+    assert hashes == protocol.block_hashes(TENANT.salt, prompt, HASH_BLOCK_TOKENS)
+    assert len(hashes) == 2
+    other = replace(spec, tenant=replace(TENANT, salt=b"other"))
+    assert server.gateway.prepare(other).request.block_hashes[0] != hashes[0]
+    assert live.events.maxsize == spec.sampling.output_tokens_max + EVENTS_SLACK
+    assert live.request_id.startswith("g1-")
+
+
+async def test_batch_class_reaches_worker_and_fact():
+    server = MemoryServer("abc")
+    batch = CLASSES["batch"]
+    spec = replace(make_spec(), slo=batch.slo, service_tier="batch", is_batch=True)
+    assert isinstance(await server.gateway.collect(spec), Completion)
+    assert server.worker.assigned[0].targets.is_batch
+    fact = server.request_facts()[0]
+    assert fact.is_batch and fact.class_name == "batch" and fact.service_tier == "batch"
+
+
+async def test_stored_decisions_are_bounded_with_the_first_and_the_latest():
+    server = MemoryServer("abc")
+    live = server.gateway.prepare(make_spec())
+    candidate = domain.Candidate("w1", "mixed", True, "", 0, 0, 0, 0, 0, 0, 0, 0.5)
+    many = tuple(replace(candidate, score=i / 100) for i in range(2 * CANDIDATES_MAX))
+    for epoch in range(3 * DECISIONS_MAX):
+        live.decisions.append(
+            domain.DecisionRecord(live.request_id, epoch, "queued", "r", "s", 0.0, 1, 1, None, many)
+        )
+    async with aclosing(server.gateway.generate(make_spec(), live)) as stream:
+        async for _ in stream:
+            pass
+    stored = server.request_facts()[0].decision
+    assert len(stored) == DECISIONS_MAX
+    assert stored[0]["epoch"] == 0 and stored[-1]["outcome"] == "placed"
+    assert len(stored[0]["candidates"]) == CANDIDATES_MAX
+    assert stored[0]["candidates"][0]["score"] == (2 * CANDIDATES_MAX - 1) / 100
+
+
+async def test_request_that_waited_too_long_is_expired():
+    server = MemoryServer(num_workers=1)
+    spec = make_spec()
+    server.worker.gate = asyncio.Event()
+    live = server.gateway.prepare(spec)
+    stream = server.gateway.generate(spec, live)
+    first = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    rejected = domain.Rejected("queue_timeout", "waited 30 s", 1.0)
+    record = domain.DecisionRecord(live.request_id, 1, "rejected", "r", "", 30.0, 3, 0, None)
+    live.events.put_nowait(domain.Decided(live.request_id, rejected, record))
+    assert await first == Refusal(rejected)
+    await stream.aclose()
+    assert [fact.status for fact in server.request_facts()] == ["expired"]
+
+
+async def test_events_of_a_slow_reader_fit_even_one_at_a_time():
+    server = MemoryServer("x" * 100)
+    live = server.gateway.prepare(make_spec())
+    for _ in range(live.sampling.output_tokens_max):
+        live.events.put_nowait(Tokens([1], None))
+    assert not live.events.full()
