@@ -1,9 +1,10 @@
 """`manage.py serve --demo`: a small real model on two CPU workers, under a modest load.
 
 `prepare` checks the machine and converts the model, `Demo.seed` makes rows once the database is
-there, `Demo.launch` starts a task beside the server: it waits for the workers, streams the first answer,
-prints how to log in, measures what this device can promise and keeps the load going. `Demo.finish`
-counts. The demo lives in its own var folder and never touches a database named in the shell.
+there, `Demo.launch` starts a task beside the server: it waits for the workers, streams the first
+answer, prints how to log in, measures what this device can promise and keeps the load going.
+`Demo.finish`
+counts. The demo lives in its own var folder and never touches a database of the shell.
 """
 
 import asyncio
