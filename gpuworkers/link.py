@@ -205,7 +205,20 @@ class Link:
 
     async def run(self) -> None:
         """Until `close`. Raises JoinRefused when the console says that trying again is useless."""
-        while not self._closing.is_set():
+        sessions = asyncio.create_task(self._sessions())
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait([sessions, closing], return_when=asyncio.FIRST_COMPLETED)
+            if sessions.done():
+                sessions.result()
+        finally:
+            sessions.cancel()
+            closing.cancel()
+            await asyncio.wait([sessions, closing])
+
+    async def _sessions(self) -> None:
+        """One connection after the other."""
+        while True:
             try:
                 await self._session()
             except (OSError, TimeoutError, WebSocketException, ProtocolError) as error:
@@ -213,7 +226,7 @@ class Link:
             self._attempts += 1  # since the last Welcome
             ceiling_s = min(RETRY_S_MAX, RETRY_S_MIN * 2 ** min(self._attempts + 1, 10))
             delay_s = RETRY_S_MIN + self._uniform() * (ceiling_s - RETRY_S_MIN)
-            await _wait(self._closing, delay_s)
+            await asyncio.sleep(delay_s)
 
     async def close(self, reason: str) -> None:
         """Says Goodbye, gives waiting frames FLUSH_S_MAX to leave, and ends `run`."""
@@ -222,8 +235,6 @@ class Link:
         while self._connection and self._outbox and _now_s() < deadline_s:
             await asyncio.sleep(0.01)
         self._closing.set()
-        if self._connection is not None:
-            await self._connection.close()
 
     async def _session(self) -> None:
         """One connection, from Hello to its end."""
@@ -318,11 +329,3 @@ def _decode(frame: str | bytes) -> protocol.ToWorker:
 
 def _now_s() -> float:
     return asyncio.get_running_loop().time()
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Until the event is set or the seconds are over."""
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return

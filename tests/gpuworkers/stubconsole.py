@@ -24,6 +24,7 @@ class StubConsole:
         self.refusal = refusal
         self.credit_frames = credit_frames
         self.acks = True
+        self.policy = protocol.Policy()
         self.hellos: list[protocol.Hello] = []
         self.heard: list[tuple[str, protocol.FromWorker]] = []
         self.connections: dict[str, ServerConnection] = {}
@@ -58,7 +59,7 @@ class StubConsole:
             worker_id = f"w{self._num_workers}"
         welcome = protocol.Welcome(
             worker_id, len(self.hellos), f"secret-{worker_id}", self.credit_frames,
-            protocol.Policy(), heartbeat_s=0.05,
+            self.policy, heartbeat_s=0.05,
         )  # fmt: skip
         await connection.send(protocol.encode(welcome))
         self.connections[worker_id] = connection
