@@ -76,9 +76,13 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     for sequence in state.decoding[:STEP_TOKENS_MAX]:
         draft.add(sequence, 1)
     floor_s = model.p99_s(draft.features)  # a step of decodes only
-    itl_s = _strictest_itl_s(state, floor_s)
-    slack_s = _slack_s(now_s, state.decoding, floor_s, itl_s)
-    online_target_s = min(slack_s, itl_s)
+    online = state.decoding or state.prefilling
+    itl_s = min((sequence.targets.itl_s for sequence in online), default=math.inf)
+    # Where decodes alone take longer than the target no plan can meet it; prefill then gets as
+    # much time as the decodes, or it would starve behind them.
+    pace_s = itl_s if floor_s <= itl_s else 2 * floor_s
+    slack_s = _slack_s(now_s, state.decoding, floor_s, pace_s)
+    online_target_s = min(slack_s, pace_s)
     if state.prefilling and not state.decoding:  # no token is due: longer chunks are cheaper
         ttft_s = min(sequence.targets.ttft_s_left for sequence in state.prefilling)
         online_target_s = max(itl_s, policy.tau_idle_s, ALONE_TTFT_SHARE * ttft_s)
@@ -102,20 +106,12 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     )
 
 
-def _strictest_itl_s(state: SchedulerState, floor_s: float) -> float:
-    """Strictest ITL target in hand. Where decodes alone take longer than it, no plan can meet it:
-    then prefill gets as much time as the decodes, or it would starve behind them."""
-    online = state.decoding or state.prefilling
-    itl_s = min((sequence.targets.itl_s for sequence in online), default=math.inf)
-    return itl_s if floor_s <= itl_s else 2 * floor_s
-
-
-def _slack_s(now_s: float, decoding: Seq[Sequence], floor_s: float, itl_s: float) -> float:
+def _slack_s(now_s: float, decoding: Seq[Sequence], floor_s: float, pace_s: float) -> float:
     """Seconds until the first online decode is late; a row already late is paced, not a block."""
     slack_s = math.inf
     for sequence in decoding:
         left_s = sequence.next_token_due_at_s() - now_s
-        slack_s = min(slack_s, left_s if left_s > floor_s else max(sequence.targets.itl_s, itl_s))
+        slack_s = min(slack_s, left_s if left_s > floor_s else max(sequence.targets.itl_s, pace_s))
     return slack_s
 
 

@@ -1,0 +1,243 @@
+"""The plan of a step: order, targets, and that batch never changes its online part."""
+
+import copy
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.latency import LatencyModel, StepFeatures
+from controlplane.protocol import ClassTargets, Policy, StepModel
+from gpuworkers import scheduler
+from gpuworkers.scheduler import SchedulerState, plan
+from gpuworkers.sequence import Sequence, from_assign
+from tests.gpuworkers.enginekit import BATCH, assign
+
+NOW_S = 50.0
+MODEL = StepModel(base_s=0.010, per_token_s=0.0005, per_context_token_s=2e-6)
+
+
+def sequence(
+    name: str,
+    prompt: int,
+    computed: int,
+    outputs: int = 0,
+    *,
+    targets: ClassTargets | None = None,
+    arrived_ago_s: float = 0.0,
+    token_ago_s: float = 0.0,
+) -> Sequence:
+    made = from_assign(assign(name, prompt, 100), NOW_S - arrived_ago_s)
+    made.targets = targets or ClassTargets("interactive", 0, 1.0, 0.1)
+    made.token_ids += [60] * outputs
+    made.computed_tokens = computed
+    made.phase = "running"
+    made.last_token_at_s = NOW_S - token_ago_s if outputs else None
+    return made
+
+
+def decode(name: str, context: int = 50, **kwargs: object) -> Sequence:
+    return sequence(name, context, context, outputs=1, **kwargs)
+
+
+def planned(state: SchedulerState, policy: Policy = Policy()) -> scheduler.Plan:  # noqa: B008
+    return plan(NOW_S, state, LatencyModel(MODEL), policy)
+
+
+def shape(result: scheduler.Plan) -> list[tuple[str, int, int, bool]]:
+    return [(row.sequence.request_id, row.start, row.count, row.samples) for row in result.rows]
+
+
+def test_nothing_to_do_gives_an_empty_plan():
+    result = planned(SchedulerState())
+    assert result.rows == () and result.predicted_s == 0.0
+
+
+def test_decodes_come_first_then_the_whole_prompt_when_it_fits():
+    result = planned(SchedulerState((decode("d"),), (sequence("p", 40, 0),)))
+    assert shape(result) == [("d", 50, 1, True), ("p", 0, 40, True)]
+    assert result.num_online == 2
+
+
+def test_a_long_prompt_gets_a_chunk_that_keeps_the_step_within_the_target():
+    result = planned(SchedulerState((decode("d"),), (sequence("p", 900, 16),)))
+    _, chunk = result.rows
+    assert chunk.count % scheduler.CHUNK_TOKENS_MIN == 0 and not chunk.samples
+    model = LatencyModel(MODEL)
+    one = StepFeatures().with_tokens(50, 1)
+    assert model.p99_s(one.with_tokens(16, chunk.count)) <= 0.1
+    assert model.p99_s(one.with_tokens(16, chunk.count + 16)) > 0.1
+
+
+def test_with_nobody_decoding_a_step_may_take_a_quarter_of_the_ttft_target():
+    result = planned(SchedulerState(prefilling=(sequence("p", 900, 0),)))
+    assert result.online_target_s == pytest.approx(0.25)
+    assert result.rows[0].count > 200
+
+
+def test_the_prompt_with_least_time_left_goes_first_and_a_lost_one_last():
+    lost = sequence("lost", 300, 0, arrived_ago_s=5.0)
+    tight = sequence("tight", 300, 0, arrived_ago_s=0.8)
+    fresh = sequence("fresh", 300, 0)
+    result = planned(SchedulerState((decode("d"),), (lost, fresh, tight)))
+    assert [row.sequence.request_id for row in result.rows][:2] == ["d", "tight"]
+    assert "lost" not in [row.sequence.request_id for row in result.rows]
+
+
+def test_a_late_decode_is_paced_and_does_not_block_prefill():
+    late = decode("d", token_ago_s=3.0)
+    result = planned(SchedulerState((late,), (sequence("p", 300, 0),)))
+    assert [row.sequence.request_id for row in result.rows] == ["d", "p"]
+    assert result.online_target_s == pytest.approx(0.1)
+
+
+def test_a_device_too_slow_for_its_target_still_prefills_beside_decodes():
+    slow = LatencyModel(StepModel(0.3, 0.001, 0.0))
+    result = plan(NOW_S, SchedulerState((decode("d"),), (sequence("p", 300, 0),)), slow, Policy())
+    assert [row.sequence.request_id for row in result.rows] == ["d", "p"]
+
+
+def test_batch_fills_only_kappa_of_the_target():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
+    result = planned(SchedulerState((decode("d"),), batch_decoding=batch), Policy(kappa=0.5))
+    rows_batch = len(result.rows) - 1
+    assert 0 < rows_batch < 64 and result.batch_target_s == pytest.approx(0.05)
+    assert LatencyModel(MODEL).p99_s(result.features) <= 0.05
+    assert [row.sequence for row in result.rows[1:]] == list(batch[:rows_batch])
+
+
+def test_batch_gets_nothing_when_online_rows_fill_the_step():
+    online = tuple(decode(f"d{i}") for i in range(120))
+    batch = (decode("b", targets=BATCH),)
+    result = planned(SchedulerState(online, batch_decoding=batch))
+    assert len(result.rows) == 120
+
+
+def test_alone_batch_runs_to_the_idle_target_and_always_one_row():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(3))
+    assert len(planned(SchedulerState(batch_decoding=batch)).rows) == 3
+    snail = LatencyModel(StepModel(9.0, 0.1, 0.0))
+    result = plan(NOW_S, SchedulerState(batch_decoding=batch), snail, Policy())
+    assert len(result.rows) >= 1
+    prompt = SchedulerState(batch_prefilling=(sequence("b", 300, 0, targets=BATCH),))
+    assert plan(NOW_S, prompt, snail, Policy()).rows[0].count >= scheduler.CHUNK_TOKENS_MIN
+
+
+def test_batch_rows_stop_at_the_policys_maximum():
+    batch = tuple(decode(f"b{i}", context=1, targets=BATCH) for i in range(40))
+    policy = Policy(batch_rows_max=7, tau_idle_s=10.0)
+    assert len(planned(SchedulerState(batch_decoding=batch), policy).rows) == 7
+
+
+def test_a_step_has_at_most_its_maximum_of_tokens():
+    prompts = tuple(sequence(f"p{i}", 900, 0) for i in range(5))
+    fast = LatencyModel(StepModel(1e-6, 0.0, 0.0))
+    result = plan(NOW_S, SchedulerState(prefilling=prompts), fast, Policy())
+    assert sum(row.count for row in result.rows) == scheduler.STEP_TOKENS_MAX
+    assert max(row.count for row in result.rows) == scheduler.CHUNK_TOKENS_MAX
+
+
+# --- properties
+
+targets = st.builds(
+    ClassTargets,
+    st.just("c"),
+    st.just(0),
+    st.floats(0.05, 20.0),
+    st.floats(0.01, 0.5),
+)
+
+
+@st.composite
+def sequences(draw: st.DrawFn, prefix: str, decoding: bool, batch: bool) -> tuple[Sequence, ...]:
+    made = []
+    for index in range(draw(st.integers(0, 6))):
+        prompt = draw(st.integers(1, 700))
+        computed = prompt if decoding else draw(st.integers(0, prompt - 1))
+        made.append(
+            sequence(
+                f"{prefix}{index}",
+                prompt,
+                computed,
+                outputs=int(decoding),
+                targets=BATCH if batch else draw(targets),
+                arrived_ago_s=draw(st.floats(0.0, 10.0)),
+                token_ago_s=draw(st.floats(0.0, 1.0)),
+            )
+        )
+    return tuple(made)
+
+
+states = st.builds(
+    SchedulerState,
+    sequences("d", decoding=True, batch=False),
+    sequences("p", decoding=False, batch=False),
+    sequences("bd", decoding=True, batch=True),
+    sequences("bp", decoding=False, batch=True),
+)
+policies = st.builds(Policy, st.floats(0.1, 1.0), st.floats(0.05, 0.5), st.integers(1, 8))
+
+
+@settings(max_examples=200, deadline=None)
+@given(states, policies)
+def test_the_online_part_is_the_same_with_the_batch_queues_emptied(state, policy):
+    without = dataclasses.replace(state, batch_decoding=(), batch_prefilling=())
+    full, online = planned(state, policy), planned(without, policy)
+    assert full.rows[: full.num_online] == online.rows
+    assert all(not row.sequence.is_batch for row in online.rows)
+    assert all(row.sequence.is_batch for row in full.rows[full.num_online :])
+
+
+@settings(max_examples=200, deadline=None)
+@given(states, policies)
+def test_a_plan_keeps_its_targets_and_serves_every_decode(state, policy):
+    result, model = planned(state, policy), LatencyModel(MODEL)
+    assert [row.sequence for row in result.rows[: len(state.decoding)]] == list(state.decoding)
+    online = StepFeatures()
+    for row in result.rows[: result.num_online]:
+        online = online.with_tokens(row.start, row.count)
+    is_more_than_decodes = result.num_online > max(1, len(state.decoding))
+    if is_more_than_decodes:
+        assert model.p99_s(online) <= result.online_target_s
+    if len(result.rows) > max(1, result.num_online):
+        first_batch = result.rows[result.num_online]
+        alone = model.p99_s(StepFeatures().with_tokens(first_batch.start, first_batch.count))
+        assert model.p99_s(result.features) <= max(result.batch_target_s, alone)
+    has_any = any(getattr(state, f.name) for f in dataclasses.fields(state))
+    has_online = bool(state.decoding or state.prefilling)
+    assert bool(result.rows) == has_any or has_online
+
+
+@settings(max_examples=100, deadline=None)
+@given(states, policies)
+def test_a_plan_is_repeatable_and_changes_nothing(state, policy):
+    before = copy.deepcopy(state)
+    first, second = planned(state, policy), planned(state, policy)
+    assert first == second
+    for field in dataclasses.fields(state):
+        for now, then in zip(getattr(state, field.name), getattr(before, field.name), strict=True):
+            assert dataclasses.asdict(now) == dataclasses.asdict(then)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 600), st.integers(1, 900), st.integers(0, 300), st.floats(0.0, 1.0))
+def test_a_chunk_is_as_long_as_brute_force_finds(start, pending, rows, target_s):
+    model, features = LatencyModel(MODEL), StepFeatures(rows, rows * 100)
+    going = sequence("p", start + pending, start)
+    most = min(pending, scheduler.CHUNK_TOKENS_MAX, scheduler.STEP_TOKENS_MAX - rows)
+    candidates = [n for n in range(1, most + 1) if n % 16 == 0 or n == pending]
+    fitting = [n for n in candidates if model.p99_s(features.with_tokens(start, n)) <= target_s]
+    assert scheduler.chunk_tokens(target_s, features, going, model) == max(fitting, default=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(states, policies, st.floats(0.1, 1.0))
+def test_a_larger_kappa_never_gives_fewer_batch_decodes(state, policy, other):
+    low, high = sorted((policy.kappa, other))
+
+    def batch_decodes(kappa: float) -> int:
+        result = planned(state, Policy(kappa, policy.tau_idle_s, policy.batch_rows_max))
+        return sum(row.sequence in state.batch_decoding for row in result.rows)
+
+    assert batch_decodes(low) <= batch_decodes(high)
