@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from console.apierrors import ApiError
-from console.gateway import Completion, Delta, Usage
+from console.generation import Completion, Delta, Usage
 
 GenerateEndpoint = Literal["chat", "completions"]
 DONE = b"data: [DONE]\n\n"

@@ -70,7 +70,7 @@ class OutputText:
 
     def feed(self, token_ids: Sequence[int], is_last: bool) -> Piece:
         """Text that these ids add; `is_last` brings out what was held back."""
-        texts = []
+        texts: list[str] = []
         for index, token_id in enumerate(token_ids, 1):
             text = self._decoder.push(token_id)
             self._num_ids += 1

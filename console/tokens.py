@@ -47,7 +47,10 @@ class TemplateRefused(ValueError):
 class ModelTokenizer(Protocol):
     """What the gateway needs of a vocabulary."""
 
-    pieces: Sequence[bytes]  # bytes of each id; empty for special tokens
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """Bytes of each id; empty for special tokens."""
+
     token_bytes_max: int  # longest piece: a prompt has at least bytes / token_bytes_max tokens
     vocab_size: int
 
@@ -130,7 +133,8 @@ class FolderTokenizer:
             raise TemplateRefused("This model has no chat template; use /v1/completions.")
         size = sum(len(message["content"]) for message in messages)
         guarded = [{**message, "content": self._guard(message["content"])} for message in messages]
-        rendered = self._render(guarded, RENDER_CHARS_FREE + RENDER_FACTOR_MAX * size)
+        chars_max = RENDER_CHARS_FREE + RENDER_FACTOR_MAX * size
+        rendered = self._render(self._template, guarded, chars_max)
         parts = self._special.split(rendered) if self._special else [rendered]
         ids: list[int] = []
         for index, part in enumerate(parts):
@@ -148,11 +152,13 @@ class FolderTokenizer:
             return content
         return self._special.sub(lambda m: "".join(c + _BREAK for c in m[0]), content)
 
-    def _render(self, messages: Sequence[Mapping[str, str]], chars_max: int) -> str:
+    def _render(
+        self, template: jinja2.Template, messages: Sequence[Mapping[str, str]], chars_max: int
+    ) -> str:
         pieces: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(
+            for piece in template.generate(
                 messages=messages, add_generation_prompt=True, **self._words
             ):
                 pieces.append(piece)
@@ -178,7 +184,10 @@ class Tokenizers:
         if key not in self._loaded:
             if len(self._loaded) >= MODELS_MAX:
                 del self._loaded[next(iter(self._loaded))]
-            self._loaded[key] = FolderTokenizer(Path(folder)) if folder else ByteTokenizer()
+            tokenizer: ModelTokenizer = ByteTokenizer()
+            if folder:
+                tokenizer = FolderTokenizer(Path(folder))
+            self._loaded[key] = tokenizer
         return self._loaded[key]
 
 

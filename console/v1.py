@@ -6,12 +6,10 @@ that has gone, because Daphne's `send` stays silent for it.
 """
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 from django.conf import settings
@@ -19,22 +17,31 @@ from django.http.request import split_domain_port, validate_host
 
 from console import auth, state
 from console.apierrors import ApiError, invalid, model_not_found, of_rejection
-from console.caps import BODY_BYTES_MAX, load_json, quote
-from console.daphneserver import WRITE_EXTENSION
-from console.gateway import Gateway, GenerateSpec, Refusal
+from console.caps import load_json, quote
+from console.exchange import (
+    ClientGone,
+    EventWriter,
+    Exchange,
+    Receive,
+    Scope,
+    Send,
+    disconnected,
+    end_tasks,
+    read_body,
+)
+from console.gateway import Gateway
+from console.generation import GenerateSpec, LiveRequest, Refusal
 from console.requests import ParsedRequest, parse_chat, parse_completion, spec_of
-from console.snapshot import KeyFacts, Snapshot
-from console.sse import DONE, PING, ChunkEncoder, Envelope, GenerateEndpoint, body_json, error_event
+from console.snapshot import KeyFacts, Snapshot, TenantFacts
+from console.sse import DONE, ChunkEncoder, Envelope, GenerateEndpoint, body_json, error_event
 from console.tokens import Tokenizers
 from controlplane.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BODY_S_MAX = 120.0  # 4 MiB at the server's slowest allowed pace
 PING_S = 10.0  # silence after which a stream says that it is alive
 THREAD_BODY_BYTES = 16 << 10  # larger bodies are parsed and tokenised beside the event loop
 PARSERS_MAX = 4  # of those at a time
-OPENAI_VERSION = b"2020-10-01"
 STARTED_AT = int(time.time())  # `created` of models
 _ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
     "/v1/chat/completions": ("chat", parse_chat),
@@ -42,64 +49,13 @@ _ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
 }
 _NOT_SERVED = ("/v1/embeddings",)
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-
-
-class _ClientGone(Exception):
-    """The client closed the connection before it sent a whole request."""
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One HTTP request and what was answered so far."""
-
-    scope: Scope
-    receive: Receive
-    send: Send
-    request_id: str
-    arrived_at_s: float  # time.perf_counter
-    is_started: bool = False
-    extra_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-
-    def header(self, name: bytes) -> str | None:
-        """The value of a header that may be sent once, None when it is absent or doubled."""
-        values = [value for key, value in self.scope["headers"] if key == name]
-        return values[0].decode("latin1") if len(values) == 1 else None
-
-    def has_header(self, name: bytes) -> bool:
-        return any(key == name for key, _ in self.scope["headers"])
-
-    async def start(self, status: int, content_type: bytes) -> None:
-        processing_ms = round((time.perf_counter() - self.arrived_at_s) * 1000)
-        headers = [
-            (b"content-type", content_type),
-            (b"x-request-id", self.request_id.encode()),
-            (b"openai-processing-ms", b"%d" % processing_ms),
-            (b"openai-version", OPENAI_VERSION),
-            (b"cache-control", b"no-store"),
-            *self.extra_headers,
-        ]
-        self.is_started = True
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def answer(self, status: int, body: dict[str, Any]) -> None:
-        payload = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        self.extra_headers.append((b"content-length", b"%d" % len(payload)))
-        await self.start(status, b"application/json")
-        await self.send({"type": "http.response.body", "body": payload})
-
-    async def refuse(self, error: ApiError) -> None:
-        self.extra_headers += error.headers()
-        await self.answer(error.status, error.body())
-
 
 class V1:
     """The application. `services` gives the serving state, or None while there is none."""
 
-    def __init__(self, services: Callable[[], Any]) -> None:
+    def __init__(self, services: Callable[[], Any], ping_s: float = PING_S) -> None:
         self._services = services
+        self._ping_s = ping_s
         self._parsers = asyncio.Semaphore(PARSERS_MAX)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +66,7 @@ class V1:
             error = await self._route(exchange, services)
             if error is not None:
                 await exchange.refuse(error)
-        except _ClientGone:
+        except ClientGone:
             return
         except Exception:
             logger.exception("request failed request=%s path=%s", request_id, quote(scope["path"]))
@@ -184,7 +140,7 @@ class V1:
         error = _content_error(exchange)
         if error is not None:
             return error
-        raw = await _body(exchange.receive)
+        raw = await read_body(exchange.receive)
         if isinstance(raw, ApiError):
             return raw
         tenant = snapshot.tenants[key.tenant_id]
@@ -210,7 +166,7 @@ class V1:
         with_ids = exchange.header(b"x-slackwater-debug") == "ids"
         if parsed.stream:
             encoder = ChunkEncoder(envelope, parsed.include_usage, with_ids)
-            return await _stream(exchange, gateway, spec, encoder)
+            return await _stream(exchange, gateway, spec, encoder, self._ping_s)
         return await _whole(exchange, gateway, spec, envelope, with_ids)
 
 
@@ -243,29 +199,8 @@ def _content_error(exchange: Exchange) -> ApiError | None:
     return None
 
 
-async def _body(receive: Receive) -> bytes | ApiError:
-    """The whole body, at most BODY_BYTES_MAX within BODY_S_MAX."""
-    pieces: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_S_MAX):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise _ClientGone
-                pieces.append(message.get("body", b""))
-                size += len(pieces[-1])
-                if size > BODY_BYTES_MAX:
-                    text = f"The body is larger than {BODY_BYTES_MAX} bytes."
-                    return ApiError(413, "request_too_large", text)
-                if not message.get("more_body"):
-                    return b"".join(pieces)
-    except TimeoutError:
-        return ApiError(408, "request_timeout", "The body did not arrive in time.")
-
-
 def _parse(
-    raw: bytes, parse: Any, snapshot: Snapshot, tokenizers: Tokenizers, tenant: Any
+    raw: bytes, parse: Any, snapshot: Snapshot, tokenizers: Tokenizers, tenant: TenantFacts
 ) -> ParsedRequest | ApiError:
     """Pure; runs in a thread for large bodies."""
     body = load_json(raw)
@@ -285,14 +220,14 @@ async def _whole(
     """Generate all, answer once; nothing is answered to a client that has gone."""
     live = gateway.prepare(spec)
     generation = asyncio.ensure_future(gateway.collect(spec, live))
-    watch = asyncio.ensure_future(_disconnect(exchange.receive))
+    watch = asyncio.ensure_future(disconnected(exchange.receive))
     try:
         await asyncio.wait({generation, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not generation.done():
             return None
         outcome = generation.result()
     finally:
-        await _end(generation, watch)
+        await end_tasks(generation, watch)
     if isinstance(outcome, Refusal):
         return of_rejection(outcome.rejected, spec.service_tier)
     exchange.extra_headers += _placement_headers(live)
@@ -301,28 +236,32 @@ async def _whole(
 
 
 async def _stream(
-    exchange: Exchange, gateway: Gateway, spec: GenerateSpec, encoder: ChunkEncoder
+    exchange: Exchange,
+    gateway: Gateway,
+    spec: GenerateSpec,
+    encoder: ChunkEncoder,
+    ping_s: float,
 ) -> ApiError | None:
     """Write chunks as deltas come; headers wait for the first, so that a refusal has a status."""
-    writer = _EventWriter(exchange)
+    writer = EventWriter(exchange)
     generation = asyncio.ensure_future(_produce(writer, gateway, spec, encoder))
-    watch = asyncio.ensure_future(_disconnect(exchange.receive))
+    watch = asyncio.ensure_future(disconnected(exchange.receive))
     try:
         while not generation.done() and not watch.done():
             await asyncio.wait(
-                {generation, watch}, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED
+                {generation, watch}, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED
             )
             if not generation.done() and not watch.done():
-                await writer.ping()
+                await writer.ping(ping_s)
         if not generation.done():
             return None
         return generation.result()
     finally:
-        await _end(generation, watch)
+        await end_tasks(generation, watch)
 
 
 async def _produce(
-    writer: "_EventWriter", gateway: Gateway, spec: GenerateSpec, encoder: ChunkEncoder
+    writer: EventWriter, gateway: Gateway, spec: GenerateSpec, encoder: ChunkEncoder
 ) -> ApiError | None:
     live = gateway.prepare(spec)
     is_first = True
@@ -348,46 +287,7 @@ async def _produce(
     raise AssertionError(f"request {live.request_id} ended without an outcome")
 
 
-class _EventWriter:
-    """The response of a stream: headers once, then events by the server's direct write."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        extensions = exchange.scope.get("extensions") or {}
-        self._write_now = extensions.get(WRITE_EXTENSION)
-        self._written_at_s = time.monotonic()
-
-    @property
-    def is_open(self) -> bool:
-        return self._exchange.is_started
-
-    async def open(self, headers: list[tuple[bytes, bytes]]) -> None:
-        if not self.is_open:
-            self._exchange.extra_headers += [*headers, (b"x-accel-buffering", b"no")]
-            await self._exchange.start(200, b"text/event-stream; charset=utf-8")
-
-    async def write(self, data: bytes) -> None:
-        if not data:
-            return
-        self._written_at_s = time.monotonic()
-        if self._write_now is not None:
-            await self._write_now(data)
-        else:
-            message = {"type": "http.response.body", "body": data, "more_body": True}
-            await self._exchange.send(message)
-
-    async def finish(self, data: bytes) -> None:
-        await self.write(data)
-        await self._exchange.send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def ping(self) -> None:
-        """A comment line after PING_S of silence; it opens the stream of a request in a queue."""
-        if time.monotonic() - self._written_at_s >= PING_S:
-            await self.open([])
-            await self.write(PING)
-
-
-def _placement_headers(live: Any) -> list[tuple[bytes, bytes]]:
+def _placement_headers(live: LiveRequest) -> list[tuple[bytes, bytes]]:
     """Where the request runs and how long it waited, as known when the headers go out."""
     headers = [(b"x-slackwater-decision-id", live.request_id.encode())]
     if live.placement is not None:
@@ -397,16 +297,3 @@ def _placement_headers(live: Any) -> list[tuple[bytes, bytes]]:
         waited_ms = live.decisions[-1].waited_s * 1000
         headers.append((b"x-slackwater-queue-ms", b"%.1f" % waited_ms))
     return headers
-
-
-async def _disconnect(receive: Receive) -> None:
-    """Returns when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _end(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancel what still runs and wait until it has cleaned up; results stay with the caller."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

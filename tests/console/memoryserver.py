@@ -63,8 +63,8 @@ def say(text: str) -> Callable[[protocol.Assign], list[int]]:
 class ScriptedWorker:
     """The far end of a link in memory; gives one id a turn of the loop, from what was delivered.
 
-    `script` gives the whole output of a request. With `gate` set, ids wait for it after
-    `ids_before_gate`."""
+    `script` gives the whole output of a request; at a None in it the worker gives up. With `gate`
+    set, ids wait for it after `ids_before_gate`."""
 
     def __init__(self, fleet: Fleet, script: Callable[[protocol.Assign], list[int]], name: str):
         self.fleet = fleet
@@ -114,6 +114,9 @@ class ScriptedWorker:
             await asyncio.sleep(0)
             if self.gate is not None and seq >= self.ids_before_gate:
                 await self.gate.wait()
+            if ids[seq : seq + 1] == [None]:
+                self.report(assign, seq, [], "error")
+                return
             reason = None if seq + 1 < end else ("length" if len(ids) >= limit else "stop")
             self.report(assign, seq, ids[seq : seq + 1], reason)
 

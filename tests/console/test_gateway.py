@@ -6,18 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from console.gateway import (
-    CANDIDATES_MAX,
-    DECISIONS_MAX,
-    EVENTS_SLACK,
-    HASH_BLOCK_TOKENS,
-    MERGE_TOKENS_MAX,
-    Completion,
-    Delta,
-    Refusal,
-    Tokens,
-)
+from console.gateway import EVENTS_SLACK, HASH_BLOCK_TOKENS, MERGE_TOKENS_MAX
+from console.generation import Completion, Delta, Refusal, Tokens
 from console.requests import parse_completion, spec_of
+from console.settling import CANDIDATES_MAX, DECISIONS_MAX
 from console.tokens import Tokenizers
 from controlplane import domain, protocol
 from tests.console.memoryserver import (

@@ -53,9 +53,10 @@ def test_plain_chat_has_the_defaults():
 def test_null_means_absent_for_every_field():
     names = [
         "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n",
-        "stream", "stream_options", "response_format", "service_tier", "top_k", "ignore_eos", "min_tokens",
-        "stop_token_ids", "user", "metadata", "store", "logprobs", "logit_bias", "tools",
-        "tool_choice", "presence_penalty", "frequency_penalty", "top_logprobs", "reasoning_effort",
+        "stream", "stream_options", "response_format", "service_tier", "top_k", "ignore_eos",
+        "min_tokens", "stop_token_ids", "user", "metadata", "store", "logprobs", "logit_bias",
+        "tools", "tool_choice", "presence_penalty", "frequency_penalty", "top_logprobs",
+        "reasoning_effort",
     ]  # fmt: skip
     assert chat(**dict.fromkeys(names)) == chat()
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from console.apierrors import ApiError
-from console.gateway import Completion, Delta, Usage
+from console.generation import Completion, Delta, Usage
 from console.sse import DONE, PING, ChunkEncoder, Envelope, body_json, error_event, fingerprint
 
 USAGE = Usage(prompt_tokens=5, output_tokens=2, cached_tokens=1)

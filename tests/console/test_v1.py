@@ -244,12 +244,12 @@ async def test_stream_goes_on_at_the_next_id_when_its_worker_dies():
     assert server.request_facts()[0].failovers == 1
 
 
-async def test_silent_stream_gets_pings(monkeypatch):
-    monkeypatch.setattr(v1, "PING_S", 0.01)
+async def test_silent_stream_gets_pings():
     server = MemoryServer("ab")
+    app = v1.V1(lambda: server.services, ping_s=0.01)
     server.worker.gate = asyncio.Event()
     client = Client(body=json.dumps(chat_body(stream=True)).encode())
-    task = asyncio.create_task(server.app(client.scope, client.receive, client.send))
+    task = asyncio.create_task(app(client.scope, client.receive, client.send))
     await until(lambda: client.body.count(b": ping\n\n") >= 2)
     assert client.status == 200
     server.worker.gate.set()

@@ -1,0 +1,104 @@
+"""What passes between `/v1`, gateway and fleet: a generation's spec, its events, its output."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from console.facts import Endpoint
+from console.journal import Journal
+from console.snapshot import TenantFacts
+from console.tokens import ModelTokenizer
+from controlplane import domain, protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Ids that joined the journal, in order; `finish_reason` when the output is complete."""
+
+    token_ids: list[int]
+    finish_reason: protocol.FinishReason | None
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A running request: what the fleet needs to dispatch it, and where its events go.
+
+    The fleet writes everything below `events`, the gateway reads it when it settles; both live on
+    the event loop."""
+
+    request: domain.GenerateRequest
+    prompt_ids: list[int]
+    sampling: protocol.Sampling
+    targets: protocol.ClassTargets
+    salt: bytes
+    journal: Journal
+    events: "asyncio.Queue[Tokens | domain.Decided]"
+    epoch: int = 0
+    placement: domain.Placement | None = None
+    decisions: list[domain.DecisionRecord] = field(default_factory=list)
+    cached_tokens: int = 0
+    failovers: int = 0
+    handoff_bytes: int = 0
+    handoff_ms: float = 0.0
+    handoff_recomputed_tokens: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSpec:
+    """Everything that one generation needs; `console.requests.spec_of` makes it."""
+
+    tenant: TenantFacts
+    key_id: str
+    model_id: str
+    tokenizer: ModelTokenizer
+    slo: domain.SLOClass
+    service_tier: str
+    endpoint: Endpoint
+    prompt_ids: list[int]
+    sampling: protocol.Sampling
+    is_seeded: bool
+    stop: tuple[str, ...]
+    stream: bool
+    is_batch: bool = False
+    request_id: str = ""  # empty: the gateway makes one
+    arrived_at_s: float | None = None  # on the fleet's clock; None: now
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Some more output. Text may lag behind ids: unfinished characters and possible stop strings
+    are held back. `seq` is the output index of token_ids[0]."""
+
+    text: str
+    seq: int
+    token_ids: list[int]
+    finish_reason: str | None = None  # stop | length
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The plane refused the request, or gave it up."""
+
+    rejected: domain.Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole output."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    usage: Usage
