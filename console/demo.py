@@ -168,6 +168,11 @@ class Demo:
     async def _workers_are_up(self, state: ServerState) -> bool:
         started_at_s = said_at_s = time.monotonic()
         while (num_up := num_live(state)) < NUM_WORKERS:
+            ended = [proc for proc in state.workers.views() if proc.state == "ended"]
+            if ended:
+                last = " ".join(ended[0].last_lines[-1:])
+                self.failure = f"worker {ended[0].name} ended ({last}): look into {logs()}"
+                return False
             now_s = time.monotonic()
             if now_s - started_at_s > WORKERS_WAIT_S_MAX:
                 self.failure = f"{num_up} of {NUM_WORKERS} workers came up: look into {logs()}"

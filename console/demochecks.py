@@ -14,7 +14,7 @@ from django.core.management.base import CommandError
 PORT_FIRST = 8000
 PORT_LAST = 8020
 DISK_BYTES_MIN = 1_000_000_000  # converted model 0.3 GB, database, logs, static files
-MEMORY_BYTES_MIN = 3_000_000_000  # two workers in fp32 with their KV, server, load
+MEMORY_BYTES_MIN = 4_000_000_000  # two workers in fp32 with 0.75 GB of KV each, server, load
 
 
 def check_disk(folder: Path, needed_bytes: int = DISK_BYTES_MIN) -> None:

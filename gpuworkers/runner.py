@@ -28,6 +28,7 @@ from kernels.torchops import backend, linear
 BLOCK_TOKENS = 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUMERICS = ("exact", "fast")
+KV_TOKENS_DEFAULT = 16_384
 # (sequences, tokens before, tokens to compute): what calibration runs
 CALIBRATION_STEPS = ((1, 64, 1), (4, 64, 1), (4, 256, 1), (16, 64, 1), (1, 0, 64), (1, 0, 192))
 CALIBRATION_REPEATS = 2
@@ -81,11 +82,12 @@ def load(
     model_id: str,
     dtype: str = "auto",
     numerics: str = "exact",
-    kv_tokens: int = 16384,
+    kv_tokens: int = 0,
     threads: int = 1,
 ) -> tuple[TorchRunner, protocol.ModelFacts, protocol.DeviceFacts, LatencyModel]:
     """A runner for the model folder, and the facts that a worker tells about itself.
 
+    kv_tokens 0 takes KV_TOKENS_DEFAULT.
     Raises ConfigError for an impossible option and ModelError for an unusable folder."""
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
@@ -93,7 +95,7 @@ def load(
         raise ConfigError(f"numerics={numerics!r}: expected one of {', '.join(NUMERICS)}")
     folder = Path(model_dir)
     config = read_config(folder)
-    num_blocks = kv_tokens // BLOCK_TOKENS
+    num_blocks = (kv_tokens or KV_TOKENS_DEFAULT) // BLOCK_TOKENS
     if num_blocks < 1 or threads < 1:
         raise ConfigError(f"kv_tokens={kv_tokens}, threads={threads}: too small")
     torch.set_num_threads(threads)
