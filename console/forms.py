@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 from django import forms
+from django.http import QueryDict
 
 from console.models import RequestRecord, Tenant
 
@@ -44,8 +45,10 @@ class HistoryFilter(forms.Form):
     tenant = forms.CharField(label="Tenant", required=False, max_length=64)
     worker = forms.CharField(label="Worker", required=False, max_length=64)
 
-    def __init__(self, *args: Any, class_names: list[str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, query: QueryDict, class_names: list[str]) -> None:
+        data = query.copy()
+        data.setdefault("range", RANGE_DEFAULT)
+        super().__init__(data)
         self.fields["class"] = forms.ChoiceField(
             label="Class", required=False, choices=_choices("any class", class_names)
         )

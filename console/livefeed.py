@@ -49,26 +49,27 @@ def enriched(frame: dict[str, Any], view: domain.ClusterView, seq: int) -> dict[
     }
 
 
-def alerts(frame: dict[str, Any]) -> list[str]:
-    """What needs an operator now, one sentence each with the numbers that decided."""
+def alerts(frame: dict[str, Any]) -> list[dict[str, str]]:
+    """What needs an operator now, one sentence each with the numbers that decided.
+
+    Level `bad` is a broken promise or a worker in trouble, `warn` an exception that serves."""
     lines = []
     for row in frame["classes"]:
         for name, unit in (("ttft", "TTFT"), ("itl", "ITL")):
             value_ms, target_ms = row[f"{name}_ms_p99"], row[f"{name}_target_ms"]
             if row["status"] == "missed" and value_ms is not None and value_ms > target_ms:
-                lines.append(
-                    f"{row['name']}: {unit} p99 {value_ms:.0f} ms is over its {target_ms:.0f} ms"
-                )
+                text = f"{row['name']}: {unit} p99 is over its target of {target_ms:.0f} ms"
+                lines.append({"level": "bad", "text": text})
     for worker in frame["workers"]:
         if worker["status"] in ("suspect", "lost"):
-            lines.append(
-                f"{worker['worker_id']} is {worker['status']}, "
-                f"last heard {worker['heard_ago_s']:.0f} s ago"
-            )
+            text = f"{worker['worker_id']} is {worker['status']}: nothing heard from it in time"
+            lines.append({"level": "bad", "text": text})
         if worker["exception"]:
-            lines.append(f"{worker['worker_id']} {worker['exception']}")
+            text = f"{worker['worker_id']} {worker['exception']}"
+            lines.append({"level": "warn", "text": text})
     if len(lines) > ALERTS_MAX:
-        lines = [*lines[: ALERTS_MAX - 1], f"and {len(lines) - ALERTS_MAX + 1} more"]
+        more = {"level": "warn", "text": f"and {len(lines) - ALERTS_MAX + 1} more"}
+        lines = [*lines[: ALERTS_MAX - 1], more]
     return lines
 
 

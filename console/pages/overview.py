@@ -112,9 +112,9 @@ def first_steps(request: HttpRequest, frame: dict[str, Any]) -> dict[str, Any]:
         {"model": model_id, "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     )
     curl = (
-        f"curl -N {request.scheme}://{host}/v1/chat/completions "
-        f"-H 'Authorization: Bearer '$SLACKWATER_KEY \\\n"
-        f"  -H 'Content-Type: application/json' -d '{body}'"
+        f"curl -N {request.scheme}://{host}/v1/chat/completions \\\n"
+        '  -H "Authorization: Bearer $SLACKWATER_KEY" '
+        f"-H 'Content-Type: application/json' \\\n  -d '{body}'"
     )
     rows = [
         {

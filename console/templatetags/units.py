@@ -54,6 +54,8 @@ def ms(value: Any) -> str:
     number = _number(value)
     if number is None:
         return NO_DATA
+    if number == 0:
+        return "0 ms"
     if number < 10:
         return f"{number:.1f} ms"
     if number < 1_000:
@@ -102,11 +104,11 @@ def usd(value: Any) -> str:
 
 @register.filter
 def percent(ratio: Any) -> str:
-    """A ratio 0–1 as a percentage: `98.7 %`, `100 %`."""
+    """A ratio 0–1 as a percentage: `98.7 %`, `100 %`, `0 %`."""
     number = _number(ratio)
     if number is None:
         return NO_DATA
-    return "100 %" if number == 1 else f"{number * 100:.1f} %"
+    return f"{number * 100:.0f} %" if number in (0, 1) else f"{number * 100:.1f} %"
 
 
 @register.filter

@@ -4,6 +4,7 @@
 
 export const DRAW_MS = 500;
 export const POINTS_MAX = 600;
+const WINDOW_MS_MIN = 120000;
 const TABLE_ROWS = 12;
 
 // --- pure ---------------------------------------------------------------------------------------
@@ -53,9 +54,15 @@ function layoutOf(chart) {
     paper_bgcolor: colour("--sw-panel"), plot_bgcolor: colour("--sw-panel"),
     font: { color: colour("--body-quiet-color"), size: 11 },
     hoverlabel: { bgcolor: colour("--darkened-bg"), font: { color: colour("--body-fg") } },
-    xaxis: { ...axis, type: "date" },
+    xaxis: { ...axis, type: "date", tickformat: "%H:%M:%S", hoverformat: "%H:%M:%S", nticks: 7, range: windowOf(chart) },
     yaxis: { ...axis, rangemode: "tozero", ticksuffix: chart.suffix, nticks: 5 },
   };
+}
+
+// What is kept, at least WINDOW_MS_MIN wide, so that the first values do not fill the whole chart.
+function windowOf(chart) {
+  const newest = chart.points.at(-1).t;
+  return [new Date(Math.min(chart.points[0].t, newest - WINDOW_MS_MIN)), new Date(newest)];
 }
 
 function tracesOf(chart, points) {
@@ -121,6 +128,7 @@ function drawNew() {
     if (!chart.waiting.length) continue;
     chart.points = chart.points.concat(chart.waiting).slice(-POINTS_MAX);
     if (chart.isDrawn) {
+      chart.el.layout.xaxis.range = windowOf(chart); // extendTraces draws the axis anew with it
       const indexes = chart.specs.map((_, index) => index);
       window.Plotly.extendTraces(chart.el, columns(chart.waiting, chart.specs.length), indexes, POINTS_MAX);
     }

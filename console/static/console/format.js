@@ -16,6 +16,7 @@ function grouped(value, digits) {
 export function ms(value) {
   const n = number(value);
   if (n === null) return NO_DATA;
+  if (n === 0) return "0 ms";
   if (n < 10) return `${n.toFixed(1)} ms`;
   if (n < 1000) return `${n.toFixed(0)} ms`;
   return `${(n / 1000).toFixed(n < 10000 ? 2 : 1)} s`;
@@ -44,7 +45,7 @@ export function usd(value) {
 export function percent(ratio) {
   const n = number(ratio);
   if (n === null) return NO_DATA;
-  return n === 1 ? "100 %" : `${(n * 100).toFixed(1)} %`;
+  return n === 0 || n === 1 ? `${n * 100} %` : `${(n * 100).toFixed(1)} %`;
 }
 
 // The width of a bar: nothing measured is an empty bar.

@@ -62,12 +62,13 @@ function show(frame) {
 function showAlerts(frame) {
   if (!alerts) return;
   const lines = frame.alerts ?? [];
-  const joined = lines.join("\n");
+  const joined = JSON.stringify(lines);
   if (alerts.dataset.shown === joined) return;
   alerts.dataset.shown = joined;
   alerts.replaceChildren(...lines.map((line) => {
     const paragraph = document.createElement("p");
-    paragraph.textContent = line;
+    paragraph.textContent = line.text;
+    paragraph.className = line.level;
     return paragraph;
   }));
 }
