@@ -7,6 +7,7 @@ websocket  /ws/worker                     workers; browsers are refused there
            /ws/console                    pages, behind session login and an origin check
 """
 
+import asyncio
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from console.workersocket import WorkerSocket
 
 RAW_PATHS = ("/livez", "/readyz", "/healthz", "/metrics")
 CLOSE_RESTARTING = 1012
+CLOSE_S_MAX = 1.0
 
 django_application = get_asgi_application()
 page_socket = AuthMiddlewareStack(LiveSocket.as_asgi())
@@ -92,10 +94,15 @@ def is_same_origin(scope: dict[str, Any]) -> bool:
     headers = dict(scope["headers"])
     origin = headers.get(b"origin", b"").decode("latin1")
     host = headers.get(b"host", b"").decode("latin1")
-    return urlsplit(origin).netloc == host or origin in settings.CSRF_TRUSTED_ORIGINS
+    is_ours = urlsplit(origin).netloc == host or origin in settings.CSRF_TRUSTED_ORIGINS
+    return bool(origin and host) and is_ours
 
 
-async def close_page_sockets(current: state.ServerState) -> None:
-    """Tell every page that the server restarts; pages connect again by themselves."""
-    for send in list(current.page_sockets):
-        await send({"type": "websocket.close", "code": CLOSE_RESTARTING})
+async def close_page_sockets(current: state.ServerState, wait_s: float = CLOSE_S_MAX) -> None:
+    """Tell every page that the server restarts; pages connect again by themselves.
+
+    A page that does not read is not waited for."""
+    message = {"type": "websocket.close", "code": CLOSE_RESTARTING}
+    closing = [asyncio.ensure_future(send(message)) for send in current.page_sockets]
+    if closing:
+        await asyncio.wait(closing, timeout=wait_s)

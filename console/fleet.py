@@ -10,16 +10,15 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from console import jointokens
-from console.facts import PlanFact
+from console.fleetrecords import FleetRecords
 from console.gateway import LiveRequest, Tokens
 from console.live import LiveStats
 from console.metrics import Metrics
 from console.transport import CLOSE_POLICY, WorkerLink
-from console.writer import FactWriter, WorkerFact
+from console.writer import FactWriter
 from controlplane import domain, protocol
 from controlplane.plane import ControlPlane
 
@@ -58,7 +57,7 @@ class Fleet:
         self.num_ticks = 0
         self._plane = plane
         self._metrics = metrics
-        self._writer = writer
+        self._records = FleetRecords(writer.put)
         self._clock = clock
         self._uniform = uniform
         self._connections: dict[str, Connection] = {}
@@ -66,7 +65,6 @@ class Fleet:
         self._join_tokens = jointokens.SpentTokens()
         self._gaps: set[str] = set()  # requests whose journal waits for ids
         self._resent_at_s: dict[str, float] = {}
-        self._workers_written: dict[str, WorkerFact] = {}
 
     def now_s(self) -> float:
         """The clock of everything in the plane: monotonic seconds."""
@@ -219,7 +217,7 @@ class Fleet:
         self._close_gaps(self.now_s())
         view = self.view()
         self._metrics.set_workers(view.workers)
-        self._write_workers(view.workers)
+        self._records.workers(view.workers)
 
     def handle(self, event: domain.Event) -> None:
         """Give the plane an event and carry out what it answers."""
@@ -249,7 +247,7 @@ class Fleet:
             case domain.SendDrain(worker_id):
                 self._send(worker_id, protocol.Drain())
             case domain.PlanChanged():
-                self._plan_changed(command)
+                self._records.plan(command)
             case _:
                 self._tell_request(command)
 
@@ -319,44 +317,3 @@ class Fleet:
         if isinstance(decided.outcome, domain.Placed):
             live.placement, live.epoch = decided.outcome.placement, decided.outcome.epoch
         live.events.put_nowait(decided)
-
-    def _plan_changed(self, plan: domain.PlanChanged) -> None:
-        logger.info(
-            "plan worker=%s role=%s->%s by=%s reason=%s",
-            plan.worker_id,
-            plan.role_before,
-            plan.role_after,
-            plan.by,
-            plan.reason,
-        )
-        self._writer.put(
-            PlanFact(
-                at=datetime.now(UTC),
-                worker_id=plan.worker_id,
-                role_before=plan.role_before,
-                role_after=plan.role_after,
-                by=plan.by,
-                reason=plan.reason,
-            )
-        )
-
-    def _write_workers(self, workers: tuple[domain.WorkerView, ...]) -> None:
-        """Keep the stored row of each worker equal to its role and status."""
-        now = datetime.now(UTC)
-        for worker in workers:
-            fact = WorkerFact(
-                name=worker.name,
-                worker_id=worker.worker_id,
-                role=worker.role,
-                engine=worker.engine,
-                device=worker.device.name,
-                status=worker.status,
-                at=now,
-            )
-            written = self._workers_written.get(worker.worker_id)
-            if written is None or (written.role, written.status) != (fact.role, fact.status):
-                self._workers_written[worker.worker_id] = fact
-                self._writer.put(fact)
-        gone = self._workers_written.keys() - {worker.worker_id for worker in workers}
-        for worker_id in gone:
-            del self._workers_written[worker_id]

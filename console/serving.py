@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from django.db import DatabaseError
+
 from console import asgi
 from console.daphneserver import BoundedServer, event_loop
 from console.state import ServerState
@@ -113,6 +115,7 @@ class Serving:
         """The first call drains, the second ends the process."""
         if self._drain is None:
             self._drain = self.loop.create_task(self.drain())
+            self._drain.add_done_callback(self._drained)
         else:
             say("forced: ending at once")
             self.state.workers.kill()
@@ -126,7 +129,7 @@ class Serving:
         supervisor, batches, _ = self._tasks
         batches.cancel()
         await asgi.close_page_sockets(state)
-        await asyncio.gather(batches, return_exceptions=True)
+        await asyncio.wait({batches}, timeout=FLUSH_S_MAX)  # its lines are pending again
         await self._requests_end()
         await state.workers.stop(WORKERS_GRACE_S)
         state.fleet.close_links()
@@ -134,13 +137,21 @@ class Serving:
         await asyncio.gather(supervisor, return_exceptions=True)
         try:
             await asyncio.wait_for(state.writer.flush(), FLUSH_S_MAX)
-        except Exception as error:
+        except (TimeoutError, DatabaseError) as error:
             say(f"the last facts were not stored: {error!r}")
+
+    def _drained(self, task: asyncio.Task[None]) -> None:
+        """The server ends, also after a bug in the drain itself."""
+        if task.exception() is not None:
+            traceback.print_exception(task.exception(), file=sys.stderr)
+            self.is_failed = True
         say("stopped")
         assert self.server is not None
         self.server.stop()
 
     async def _requests_end(self) -> None:
+        if not self.state.v1_requests:
+            say("draining: no request is running")
         ends_at_s = self.loop.time() + self.drain_s
         said_s = -1
         while self.state.v1_requests and (left_s := ends_at_s - self.loop.time()) > 0:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import sys
 
-from console import daphneserver
+from console import boundedhttp, daphneserver
 
 PIECE = b"x" * 4096
 counts = {"flood": 0, "flood-send": 0, "ws": 0, "ended": 0}
@@ -70,7 +70,7 @@ async def websocket(receive, send):
 
 
 def main():
-    limits = daphneserver.Limits(**json.loads(sys.argv[1]))
+    limits = boundedhttp.Limits(**json.loads(sys.argv[1]))
 
     def ready():
         print(server.listening_addresses[0][1], flush=True)

@@ -15,7 +15,7 @@ from daphne.http_protocol import WebRequest
 from twisted.internet.abstract import FileDescriptor
 from twisted.web.http import HTTPChannel, Request
 
-from console import daphneserver
+from console import boundedhttp, daphneserver
 from tests.console import rawhttp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def send_in_pieces(port, head, piece, num_pieces):
 def test_daphne_builds_our_channels_and_requests():
     assert daphne.server.HTTPFactory is daphneserver.BoundedFactory
     assert "HTTPFactory(self)" in inspect.getsource(daphne.server.Server.run)
-    assert daphneserver.BoundedFactory.protocol is daphneserver.BoundedChannel
+    assert daphneserver.BoundedFactory.protocol is boundedhttp.BoundedChannel
 
 
 @pytest.mark.parametrize(

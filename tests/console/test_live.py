@@ -1,5 +1,6 @@
 """LiveStats: percentiles over a window, targets met or missed, None where there is nothing."""
 
+import dataclasses
 import json
 from datetime import UTC, datetime
 
@@ -51,6 +52,14 @@ WORKER = domain.WorkerView(
     requests=3,
     exception="",
 )
+
+
+MODEL = protocol.ModelFacts("m", "a" * 64, 2048, 49_152, 46_080)
+
+
+def replaced(worker, **changes):
+    """The same worker with other values."""
+    return dataclasses.replace(worker, **changes)
 
 
 def fact(**changes):
@@ -283,8 +292,5 @@ def test_worker_row_shows_load_of_the_last_report():
 
 
 def test_worker_row_before_the_first_report_has_no_numbers():
-    silent = domain.WorkerView(
-        **{name: getattr(WORKER, name) for name in WORKER.__slots__ if name != "load"}, load=None
-    )
-    row = worker_row(silent)
+    row = worker_row(replaced(WORKER, load=None))
     assert [row[key] for key in ("kv_used_ratio", "running", "waiting", "batch_rows")] == [None] * 4

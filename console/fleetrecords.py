@@ -1,0 +1,59 @@
+"""What is stored and logged about workers: each change of a role, and one row for each worker."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from console.facts import PlanFact
+from console.writer import WorkerFact
+from controlplane import domain
+
+logger = logging.getLogger(__name__)
+
+
+class FleetRecords:
+    """Turns plans and views into facts. `put` hands a fact to the writer and never blocks."""
+
+    def __init__(self, put: Callable[[Any], None]) -> None:
+        self._put = put
+        self._written: dict[str, WorkerFact] = {}  # by worker id; as many as the view has
+
+    def plan(self, plan: domain.PlanChanged) -> None:
+        logger.info(
+            "plan worker=%s role=%s->%s by=%s reason=%s",
+            plan.worker_id,
+            plan.role_before,
+            plan.role_after,
+            plan.by,
+            plan.reason,
+        )
+        self._put(
+            PlanFact(
+                at=datetime.now(UTC),
+                worker_id=plan.worker_id,
+                role_before=plan.role_before,
+                role_after=plan.role_after,
+                by=plan.by,
+                reason=plan.reason,
+            )
+        )
+
+    def workers(self, workers: tuple[domain.WorkerView, ...]) -> None:
+        """Keep the stored row of each worker equal to its role and status."""
+        now = datetime.now(UTC)
+        before, self._written = self._written, {}
+        for worker in workers:
+            fact = before.get(worker.worker_id)
+            if fact is None or (fact.role, fact.status) != (worker.role, worker.status):
+                fact = WorkerFact(
+                    name=worker.name,
+                    worker_id=worker.worker_id,
+                    role=worker.role,
+                    engine=worker.engine,
+                    device=worker.device.name,
+                    status=worker.status,
+                    at=now,
+                )
+                self._put(fact)
+            self._written[worker.worker_id] = fact
