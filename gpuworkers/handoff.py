@@ -253,23 +253,28 @@ async def fetch(
 ) -> Fetched:
     """Fetch the KV of `tokens` tokens into our blocks. Raises HandoffError; blocks may then hold
     parts of a transfer. A caller that cancels may reuse the blocks at once."""
-    host, _, port = source.address.rpartition(":")
+    host, port = _host_port(source.address)
     writer = None
     try:
         async with asyncio.timeout(source.timeout_s):
-            reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), limit=READ_BYTES
-            )
+            reader, writer = await asyncio.open_connection(host, port, limit=READ_BYTES)
             return await _fetch(reader, writer, source.capability, kv, block_ids, tokens)
     except TimeoutError:
         raise HandoffError("timeout", f"nothing usable within {source.timeout_s} s") from None
     except asyncio.IncompleteReadError as error:
         raise HandoffError("unreachable", f"peer gone: {error}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise HandoffError("unreachable", f"{source.address}: {error}") from None
     finally:
         if writer is not None:
             writer.close()
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise HandoffError("unreachable", f"{address!r} is no address")
+    return host.strip("[]"), int(port)
 
 
 async def _fetch(

@@ -50,6 +50,7 @@ class StubConsole:
         hello = protocol.decode_from_worker(await connection.recv())
         assert isinstance(hello, protocol.Hello)
         self.hellos.append(hello)
+        await self._notify()
         if self.refusal is not None:
             await connection.send(protocol.encode(self.refusal))
             return
