@@ -73,13 +73,13 @@ def plan_step(
         checks.block_table("table", table, start + count, block_tokens)
         positions = np.arange(start, start + count)
         slots.append((table[positions // block_tokens], positions % block_tokens))
-        if rows_min is None or count * heads.group < rows_min or count == 1:
-            singles += [(row + i, start + i + 1, table) for i in range(count)]
-        else:
-            for offset in range(0, count, CHUNK_QUERIES):
-                size = min(CHUNK_QUERIES, count - offset)
-                chunk = (row + offset, start + offset, size)
-                chunks.append(_chunk_group(*chunk, table, heads, block_tokens))
+        for offset in range(0, count, CHUNK_QUERIES):
+            size = min(CHUNK_QUERIES, count - offset)
+            first_row, first = row + offset, start + offset
+            if rows_min is None or size == 1 or size * heads.group < rows_min:
+                singles += [(first_row + i, first + i + 1, table) for i in range(size)]
+            else:
+                chunks.append(_chunk_group(first_row, first, size, table, heads, block_tokens))
         row += count
     groups = [_decode_group(part, heads, block_tokens) for part in _split(singles)]
     return StepIndices(heads, _slots(slots, heads, block_tokens), groups, chunks)

@@ -99,7 +99,9 @@ def test_a_token_has_the_same_bits_in_any_batch(num_sequences, rows_min):
     assert torch.equal(run(list(range(num_sequences))), alone)
 
 
-@pytest.mark.parametrize("cuts", [(), (1,), (64,), (16, 17, 80), (63, 65, 128), (199,)])
+@pytest.mark.parametrize(
+    "cuts", [(), (1,), (64,), (65,), (129, 194), (16, 17, 80), (63, 65, 128), (199,)]
+)
 def test_a_token_has_the_same_bits_in_any_chunking_and_in_decode(cuts, rows_min):
     length = 200
     (table,), num_blocks = tables([length])
