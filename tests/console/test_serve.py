@@ -29,6 +29,17 @@ def server(tmp_path_factory):
     served.stop()
 
 
+@pytest.fixture
+def own_server(server, tmp_path):
+    """One more server, to be ended by the test; it takes the static files of the first."""
+    var = tmp_path / "var"
+    var.mkdir()
+    (var / "static").symlink_to(server.var / "static")
+    served = Server(var)
+    yield served.start()
+    served.stop()
+
+
 def chat(text="Tell me about tides.", **options):
     body = {"model": MODELLED, "messages": [{"role": "user", "content": text}], "max_tokens": 8}
     return {**body, "ignore_eos": True, **options}
@@ -160,59 +171,49 @@ def test_300_mb_body_is_refused_and_costs_little_memory(server, is_chunked):
 # --- the end -------------------------------------------------------------------------------------
 
 
-def test_first_signal_drains_without_losing_a_chunk_and_exits_0(tmp_path):
-    served = Server(tmp_path / "var").start()
-    workers = worker_pids(served)
+def test_first_signal_drains_without_losing_a_chunk_and_exits_0(own_server):
+    workers = worker_pids(own_server)
     assert len(workers) == 2
     running = set()
-    try:
-        with ThreadPoolExecutor(5) as pool:
-            body = chat(max_tokens=1_500)
-            streams = [
-                pool.submit(stream_lines, served, body, partial(lambda i, n: running.add(i), index))
-                for index in range(5)
-            ]
-            until(lambda: len(running) == 5, "five running streams")
-            served.process.send_signal(signal.SIGTERM)
-            until(lambda: served.status("/readyz") == 503, "readyz to say no")
-            assert "shutting down" in stream_lines(served, chat()).error
-            for stream in streams:
-                streamed = stream.result()
-                assert len(streamed.token_ids) == 1_500
-                assert streamed.is_contiguous()
-                assert (streamed.finish_reasons, streamed.num_done) == (["length"], 1)
-                assert streamed.usage["completion_tokens"] == 1_500
-        assert served.process.wait(60) == 0
-    finally:
-        served.stop()
-    log = served.log.read_text()
+    with ThreadPoolExecutor(5) as pool:
+        body = chat(max_tokens=1_500)
+        streams = [
+            pool.submit(stream_lines, own_server, body, partial(lambda i, n: running.add(i), index))
+            for index in range(5)
+        ]
+        until(lambda: len(running) == 5, "five running streams")
+        own_server.process.send_signal(signal.SIGTERM)
+        until(lambda: own_server.status("/readyz") == 503, "readyz to say no")
+        assert "shutting down" in stream_lines(own_server, chat()).error
+        for stream in streams:
+            streamed = stream.result()
+            assert len(streamed.token_ids) == 1_500
+            assert streamed.is_contiguous()
+            assert (streamed.finish_reasons, streamed.num_done) == (["length"], 1)
+            assert streamed.usage["completion_tokens"] == 1_500
+    assert own_server.process.wait(60) == 0
+    log = own_server.log.read_text()
     assert "draining: 5 requests running" in log
     assert log.rstrip().endswith("stopped")
-    assert [row["status"] for row in facts(served)] == ["completed"] * 5
+    assert [row["status"] for row in facts(own_server)] == ["completed"] * 5
     with pytest.raises(ConnectionError):
-        rawhttp.connect(served.port)
+        rawhttp.connect(own_server.port)
     assert not [pid for pid in workers if is_running(pid)]
 
 
-def test_second_signal_ends_at_once(tmp_path):
-    served = Server(tmp_path / "var").start()
-    workers = worker_pids(served)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            num_seen = []
-            future = pool.submit(
-                stream_lines, served, chat(max_tokens=8_000), lambda n: num_seen.append(n)
-            )
-            until(lambda: num_seen, "a running stream")
-            served.process.send_signal(signal.SIGINT)
-            until(lambda: "draining" in served.log.read_text(), "the countdown")
-            served.process.send_signal(signal.SIGINT)
-            assert served.process.wait(30) == 130
-            with contextlib.suppress(httpx.HTTPError):
-                future.result()
-    finally:
-        served.stop()
-    assert "forced" in served.log.read_text()
+def test_second_signal_ends_at_once(own_server):
+    workers = worker_pids(own_server)
+    with ThreadPoolExecutor(1) as pool:
+        num_seen = []
+        future = pool.submit(stream_lines, own_server, chat(max_tokens=8_000), num_seen.append)
+        until(lambda: num_seen, "a running stream")
+        own_server.process.send_signal(signal.SIGINT)
+        until(lambda: "draining" in own_server.log.read_text(), "the countdown")
+        own_server.process.send_signal(signal.SIGINT)
+        assert own_server.process.wait(30) == 130
+        with contextlib.suppress(httpx.HTTPError):
+            future.result()
+    assert "forced" in own_server.log.read_text()
     until(lambda: not [pid for pid in workers if is_running(pid)], "the workers to end")
 
 
