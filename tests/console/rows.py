@@ -41,9 +41,7 @@ def make_model(model_id: str = MODEL_ID, **values: Any) -> Model:
 
 
 def make_operator(name: str = "olga") -> User:
-    return User.objects.create_user(
-        name, password="long enough 12", is_staff=True, is_superuser=True
-    )
+    return User.objects.create_user(name, is_staff=True, is_superuser=True)
 
 
 def make_token(user: User, **values: Any) -> str:
