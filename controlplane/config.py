@@ -43,6 +43,7 @@ class ControlPlaneConfig:
     moves_max: int = 5  # times that a request may lose its worker
     avoid_s: float = 0.25  # after a rejection, doubled each time
     avoid_s_max: float = 4.0
+    measured_max: int = 32  # workers of one role whose latency is predicted for a request
     scan_max: int = 16  # queue heads tried per class and event
     retry_every_s: float = 0.02  # between two passes over requests that found no room
     # planner

@@ -5,6 +5,7 @@ Ties go to the worker with fewer requests, then to the lower id, so a replay rou
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import nsmallest
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates, can_pair, choose, threshold_tokens
@@ -120,8 +121,24 @@ def _with_split(
 def _ranked(
     workers: Sequence[Worker], ask: Ask, config: ControlPlaneConfig, is_prefill: bool
 ) -> list[_Option]:
-    options = [_Option(worker, measure(worker, ask, config, is_prefill)) for worker in workers]
+    near = _shortlist(workers, ask, config)
+    options = [_Option(worker, measure(worker, ask, config, is_prefill)) for worker in near]
     return sorted(options, key=lambda option: option.order)
+
+
+def _shortlist(workers: Sequence[Worker], ask: Ask, config: ControlPlaneConfig) -> Sequence[Worker]:
+    """The workers worth measuring in a large cluster: those with the fewest prompt tokens to
+    compute before the first output id, their own cached ones taken off."""
+    if len(workers) <= config.measured_max:
+        return workers
+
+    def order(worker: Worker) -> tuple[bool, int, int, int, str]:
+        waiting = worker.load.prefill_tokens_waiting if worker.load else 0
+        tokens = waiting + worker.prefill_tokens_given - ask.cached_tokens(worker, config)
+        is_out = worker.worker_id in ask.avoid or not worker.is_accepting(ask.now_s, config)
+        return (is_out, tokens, worker.num_online, len(worker.worker_id), worker.worker_id)
+
+    return nsmallest(config.measured_max, workers, key=order)
 
 
 def _route_batch(ask: Ask, workers: Sequence[Worker], config: ControlPlaneConfig) -> Route:

@@ -120,6 +120,7 @@ def test_late_word_about_an_older_epoch_changes_nothing():
         ("w1", protocol.HandoffReady("r1", 1, 25, 1000)),
         ("w1", protocol.Rejected("r1", 1, "no_kv_room", 0)),
         ("w1", protocol.Rejected("r1", 2, "no_kv_room", 0)),  # not the one that holds it
+        ("w2", protocol.Rejected("r1", 1, "no_kv_room", 0)),  # it holds epoch 2
         ("w1", protocol.Accepted("unknown", 1)),
     ):
         assert rig.send(worker_id, message) == []

@@ -291,3 +291,26 @@ def test_step_in_hand_is_taken_off_the_wait_for_the_prompts_before():
         rig.now_s += 0.5
     assert waits[0] > 1.2
     assert waits[0] - waits[1] == pytest.approx(0.5) and waits[1] - waits[2] == pytest.approx(0.5)
+
+
+def test_large_cluster_measures_the_least_loaded_workers_and_those_with_the_prefix():
+    rig = Rig(measured_max=3)
+    for _ in range(8):
+        rig.join("mixed")
+    hashes = tuple(bytes([index]) * 32 for index in range(8))
+    assert placement(rig.submit("r1", prompt_tokens=128, block_hashes=hashes)).decode_worker == "w1"
+    rig.finish("r1")
+    for index in range(2, 8):
+        rig.send(f"w{index}", make_load(prefill_tokens_waiting=10 * index))
+    record = of(domain.Decided, rig.submit("r2", prompt_tokens=128, block_hashes=hashes))[0].record
+    assert {row.worker_id for row in record.candidates} == {"w1", "w8", "w2"}
+    assert record.placement.decode_worker == "w1"
+
+
+def test_large_cluster_passes_over_workers_that_cannot_take_it():
+    rig = Rig(measured_max=2)
+    for _ in range(5):
+        rig.join("mixed")
+    rig.now_s = 2.0
+    rig.send("w5", make_load(prefill_tokens_waiting=100))
+    assert placement(rig.submit()).decode_worker == "w5"
