@@ -9,6 +9,7 @@ a message stays text.
 import codecs
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -173,15 +174,29 @@ class FolderTokenizer:
 
 
 class Tokenizers:
-    """The tokenizers of the served models, loaded when first asked for."""
+    """The tokenizers of the served models, loaded when first asked for; any thread may ask.
+
+    Loading takes up to a second, so the event loop asks only for what `has` says is there."""
 
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, str], ModelTokenizer] = {}
+        self._loading = threading.Lock()
+
+    def has(self, model_id: str, folder: str = "") -> bool:
+        """Whether `get` returns at once."""
+        return not folder or (model_id, folder) in self._loaded
 
     def get(self, model_id: str, folder: str = "") -> ModelTokenizer:
         """Raises ConfigError when the folder has no usable tokenizer. Keeps MODELS_MAX of them."""
         key = (model_id, folder)
-        if key not in self._loaded:
+        known = self._loaded.get(key)
+        return self._load(key) if known is None else known
+
+    def _load(self, key: tuple[str, str]) -> ModelTokenizer:
+        _, folder = key
+        with self._loading:
+            if key in self._loaded:
+                return self._loaded[key]
             if len(self._loaded) >= MODELS_MAX:
                 del self._loaded[next(iter(self._loaded))]
             tokenizer: ModelTokenizer = ByteTokenizer()

@@ -40,8 +40,9 @@ from controlplane.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 PING_S = 10.0  # silence after which a stream says that it is alive
-THREAD_BODY_BYTES = 16 << 10  # larger bodies are parsed and tokenised beside the event loop
-PARSERS_MAX = 4  # of those at a time
+THREAD_BODY_BYTES = 4 << 10  # larger bodies are parsed and tokenised beside the event loop
+PARSERS_MAX = 2  # of those at a time
+PARSING_MAX = 32  # of those at a time or waiting: 4 MiB each at most
 STARTED_AT = int(time.time())  # `created` of models
 _ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
     "/v1/chat/completions": ("chat", parse_chat),
@@ -57,6 +58,7 @@ class V1:
         self._services = services
         self._ping_s = ping_s
         self._parsers = asyncio.Semaphore(PARSERS_MAX)
+        self._num_parsing = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services()
@@ -144,12 +146,7 @@ class V1:
         if isinstance(raw, ApiError):
             return raw
         tenant = snapshot.tenants[key.tenant_id]
-        arguments = (raw, parse, snapshot, services.tokenizers, tenant)
-        if len(raw) > THREAD_BODY_BYTES:
-            async with self._parsers:
-                parsed = await asyncio.to_thread(_parse, *arguments)
-        else:
-            parsed = _parse(*arguments)
+        parsed = await self._parse(raw, parse, snapshot, services.tokenizers, tenant)
         if isinstance(parsed, ApiError):
             return parsed
         spec = spec_of(
@@ -168,6 +165,27 @@ class V1:
             encoder = ChunkEncoder(envelope, parsed.include_usage, with_ids)
             return await _stream(exchange, gateway, spec, encoder, self._ping_s)
         return await _whole(exchange, gateway, spec, envelope, with_ids)
+
+    async def _parse(
+        self,
+        raw: bytes,
+        parse: Callable[..., ParsedRequest | ApiError],
+        snapshot: Snapshot,
+        tokenizers: Tokenizers,
+        tenant: TenantFacts,
+    ) -> ParsedRequest | ApiError:
+        """Small bodies at once; large ones, or any while a tokenizer must load, in a thread."""
+        is_warm = all(tokenizers.has(m.model_id, m.folder) for m in snapshot.models.values())
+        if len(raw) <= THREAD_BODY_BYTES and is_warm:
+            return _parse(raw, parse, snapshot, tokenizers, tenant)
+        if self._num_parsing >= PARSING_MAX:
+            return ApiError(503, "overloaded", "Too many large requests.", retry_after_s=1.0)
+        self._num_parsing += 1
+        try:
+            async with self._parsers:
+                return await asyncio.to_thread(_parse, raw, parse, snapshot, tokenizers, tenant)
+        finally:
+            self._num_parsing -= 1
 
 
 application = V1(state.get)
@@ -194,7 +212,8 @@ def _content_error(exchange: Exchange) -> ApiError | None:
     if media_type.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
         message = "Send the body as content-type application/json in UTF-8."
         return ApiError(415, "unsupported_media_type", message)
-    if (exchange.header(b"content-encoding") or "identity").lower() != "identity":
+    has_encoding = exchange.has_header(b"content-encoding")
+    if has_encoding and exchange.header(b"content-encoding") != "identity":
         return ApiError(415, "unsupported_media_type", "Send the body without compression.")
     return None
 

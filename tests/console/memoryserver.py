@@ -78,7 +78,7 @@ class ScriptedWorker:
         self._tasks: dict[str, asyncio.Task] = {}
 
     def join(self, role: protocol.Role = "mixed") -> None:
-        model = protocol.ModelFacts(MODEL_ID, "b" * 64, CONTEXT_TOKENS, 32_000, 1_000)
+        model = protocol.ModelFacts(MODEL_ID, "b" * 64, 100_000, 32_000, 1_000)
         token = self.fleet.mint_join_token(self.name)
         self.fleet.connected(self.name, self)
         hello = make_hello(role, name=self.name, models=(model,), token=token)

@@ -218,7 +218,9 @@ def test_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
 def test_tokenizers_are_kept_and_bounded(tmp_path):
     tokenizers = Tokenizers()
     folder = str(make_folder(tmp_path))
+    assert not tokenizers.has("m", folder) and tokenizers.has("without-folder")
     first = tokenizers.get("m", folder)
+    assert tokenizers.has("m", folder)
     assert tokenizers.get("m", folder) is first
     for index in range(MODELS_MAX):
         tokenizers.get(f"other-{index}")

@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from console import v1
 from console.daphneserver import WRITE_EXTENSION
+from console.snapshot import ModelFacts
 from tests.console.memoryserver import (
     CLASSES,
     KEY,
     MODEL_ID,
     REVOKED_KEY,
+    TENANT,
     Client,
     MemoryServer,
     chat_body,
@@ -403,9 +406,8 @@ async def test_loopback_hosts_are_served(host):
 
 
 async def test_second_request_over_the_concurrency_limit_is_429_with_a_retry_hint():
-    tenant = make_snapshot().tenants["acme"]
-    limited = type(tenant)(tenant.tenant_id, tenant.name, tenant.default_class, 1, tenant.salt)
-    server = MemoryServer(snapshot=make_snapshot(tenants={"acme": limited}))
+    tenants = {"acme": replace(TENANT, concurrency_max=1)}
+    server = MemoryServer(snapshot=make_snapshot(tenants=tenants))
     server.worker.gate = asyncio.Event()
     first = asyncio.create_task(server.chat())
     await until(lambda: server.worker.assigned)
@@ -429,6 +431,46 @@ async def test_server_that_starts_is_503():
     client = Client(body=b"{}")
     await app(client.scope, client.receive, client.send)
     assert client.status == 503 and client.json()["error"]["code"] == "starting"
+
+
+async def test_large_bodies_are_parsed_in_threads_up_to_a_bound():
+    models = {MODEL_ID: ModelFacts(MODEL_ID, "", 100_000, 1.0, True)}
+    tenants = {"acme": replace(TENANT, concurrency_max=2 * v1.PARSING_MAX)}
+    server = MemoryServer("ok", snapshot=make_snapshot(models=models, tenants=tenants))
+    text = "x" * (v1.THREAD_BODY_BYTES + 1)
+    messages = [{"role": "user", "content": text}]
+    answers = await asyncio.gather(
+        *(server.chat(messages=messages) for _ in range(v1.PARSING_MAX + 1))
+    )
+    refused = [answer for answer in answers if answer.status == 503]
+    assert len(refused) == 1 and refused[0].json()["error"]["code"] == "overloaded"
+    assert refused[0].headers["retry-after"] == "1"
+    assert sum(answer.status == 200 for answer in answers) == v1.PARSING_MAX
+    assert server.worker.assigned[0].prompt_ids.count(ord("x")) == len(text)
+    assert (await server.chat(messages=messages)).status == 200
+
+
+async def test_model_whose_folder_is_broken_is_503_for_itself_only(tmp_path, caplog):
+    broken = ModelFacts("broken", str(tmp_path), 1024, 1.0, True)
+    models = make_snapshot().models | {"broken": broken}
+    server = MemoryServer(snapshot=make_snapshot(models=models))
+    assert_error(await server.chat(model="broken"), 503, "model_unavailable")
+    assert (await server.chat()).status == 200
+
+
+async def test_doubled_headers_are_refused():
+    server = MemoryServer()
+    for name, value, status in (
+        (b"host", b"localhost", 400),
+        (b"authorization", f"Bearer {KEY.text}".encode(), 401),
+        (b"content-type", b"application/json", 415),
+        (b"content-encoding", b"identity", 415),
+    ):
+        client = Client(body=json.dumps(chat_body()).encode())
+        client.scope["headers"] = [h for h in client.scope["headers"] if h[0] != name]
+        client.scope["headers"] += [(name, value), (name, value)]
+        await server.app(client.scope, client.receive, client.send)
+        assert client.status == status, name
 
 
 async def test_fault_of_ours_is_500_without_details(caplog):
@@ -471,8 +513,7 @@ async def test_a_finished_request_is_counted_and_stored_once_before_its_last_byt
 
 
 async def test_every_class_can_be_the_default_of_a_tenant():
-    tenant = make_snapshot().tenants["acme"]
     for name in ("interactive", "standard", "flex"):
-        own = type(tenant)(tenant.tenant_id, tenant.name, name, 8, tenant.salt)
-        server = MemoryServer(snapshot=make_snapshot(tenants={"acme": own}))
+        tenants = {"acme": replace(TENANT, default_class=name)}
+        server = MemoryServer(snapshot=make_snapshot(tenants=tenants))
         assert (await server.chat()).json()["service_tier"] == CLASSES[name].service_tier
