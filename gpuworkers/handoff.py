@@ -297,7 +297,10 @@ async def _fetch(
     for layer in range(kv.num_layers):
         data = await reader.readexactly(layer_bytes)
         _verify(digest, layer, data, await reader.readexactly(CHECKSUM_BYTES))
-        kv.write(layer, block_ids, data)
+        try:
+            kv.write(layer, block_ids, data)
+        except ValueError as error:  # correctly sent, yet no KV: values that are not finite
+            raise HandoffError("malformed", str(error)) from None
     seconds = asyncio.get_running_loop().time() - started_at_s
     writer.write(ACK)
     await writer.drain()

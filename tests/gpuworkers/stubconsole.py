@@ -8,7 +8,7 @@ from websockets.exceptions import ConnectionClosed
 
 from controlplane import protocol
 from gpuworkers import fake
-from gpuworkers.driver import TaskDriver
+from gpuworkers.driver import Driver, TaskDriver
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.server import Worker, WorkerFacts
 
@@ -119,12 +119,14 @@ def make_engine(role: protocol.Role = "mixed", kv_tokens: int = 0) -> Engine:
     return Engine(runner, EngineConfig(), step_model, model, role)
 
 
-def make_worker(url: str, engine: Engine, name: str = "worker") -> Worker:
+def make_worker(
+    url: str, engine: Engine, name: str = "worker", driver: type[Driver] = TaskDriver
+) -> Worker:
     """A worker on the running loop; start it with `asyncio.create_task(worker.run())`."""
     device = fake.PROFILES["cpu-fast"].device
     facts = WorkerFacts(url, "token", name, "fake", device, "127.0.0.1")
     clock = asyncio.get_running_loop().time
-    return Worker(facts, engine, lambda e, report: TaskDriver(e, clock, report), lambda: 0.5)
+    return Worker(facts, engine, lambda e, report: driver(e, clock, report), lambda: 0.5)
 
 
 def assign(

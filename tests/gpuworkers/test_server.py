@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from controlplane import protocol
-from gpuworkers.driver import COMMANDS_MAX
+from gpuworkers.driver import COMMANDS_MAX, Driver, TaskDriver
 from gpuworkers.engine import Engine
 from tests.gpuworkers.flipproxy import FlipProxy
 from tests.gpuworkers.stubconsole import StubConsole, assign, make_engine, make_worker
@@ -17,9 +17,11 @@ CAPABILITY = "capability-of-r"
 
 
 @contextlib.asynccontextmanager
-async def running(console: StubConsole, *engines: Engine) -> AsyncIterator[None]:
+async def running(
+    console: StubConsole, *engines: Engine, driver: type[Driver] = TaskDriver
+) -> AsyncIterator[None]:
     """Workers w1, w2, … on these engines; stopped, and their blocks checked, at the end."""
-    workers = [make_worker(console.url, engine) for engine in engines]
+    workers = [make_worker(console.url, engine, driver=driver) for engine in engines]
     tasks = []
     for number, worker in enumerate(workers, 1):
         tasks.append(asyncio.create_task(worker.run()))
@@ -48,13 +50,14 @@ async def send_pair(
     address: str | None = None,
     epoch: int = 1,
     timeout_s: float = 20.0,
+    **fields: object,
 ) -> None:
     """Prefill on w1, decode on w2."""
     out = protocol.HandoffOut(CAPABILITY)
     into = protocol.HandoffIn(address or console.hellos[0].handoff_address, CAPABILITY, timeout_s)
-    decode = assign("r", prompt, output_tokens, epoch, "decode", handoff_in=into)
+    decode = assign("r", prompt, output_tokens, epoch, "decode", handoff_in=into, **fields)
     await console.send("w2", decode)  # the peer may well ask before the prefill worker knows
-    prefill = assign("r", prompt, output_tokens, epoch, "prefill", handoff_out=out)
+    prefill = assign("r", prompt, output_tokens, epoch, "prefill", handoff_out=out, **fields)
     await console.send("w1", prefill)
 
 
