@@ -126,7 +126,7 @@ class LiveFeed:
             maxlen=HISTORY_POINTS_MAX
         )
         self._fresh = asyncio.Event()
-        self._sample()
+        self.sample()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
@@ -153,7 +153,7 @@ class LiveFeed:
     def stop(self) -> None:
         self._task.cancel()
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         fleet = self.current.fleet
         seq = 1 if self._newest is None else self._newest["seq"] + 1
         frame = enriched(self.current.live.frame(fleet.now_s()), fleet.view(), seq)
@@ -165,7 +165,7 @@ class LiveFeed:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(FRAME_PERIOD_S)
-            self._sample()
+            self.sample()
 
 
 _feed: LiveFeed | None = None
