@@ -71,6 +71,9 @@ _REJECTIONS = {
     "worker_error": (500, "worker_error"),
 }
 
+# A request that several workers died of, or that one failed on, must not be sent by itself again.
+_NOT_AGAIN = ("retries_exhausted", "worker_error")
+
 
 def of_rejection(rejected: Rejected, service_tier: str) -> ApiError:
     """What the client is told when the plane refuses; `flex` work is refused as OpenAI does it."""
@@ -79,4 +82,5 @@ def of_rejection(rejected: Rejected, service_tier: str) -> ApiError:
     status, code = _REJECTIONS[rejected.code]
     if service_tier == "flex" and code == "overloaded":
         status, code = 429, "resource_unavailable"
-    return ApiError(status, code, rejected.message, None, rejected.retry_after_s)
+    should_retry = False if rejected.code in _NOT_AGAIN else None
+    return ApiError(status, code, rejected.message, None, rejected.retry_after_s, should_retry)

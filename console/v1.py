@@ -7,6 +7,7 @@ that has gone, because Daphne's `send` stays silent for it.
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -62,7 +63,7 @@ class V1:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services()
-        request_id = "" if services is None else services.gateway.new_request_id()
+        request_id = services.gateway.new_request_id() if services else secrets.token_hex(10)
         exchange = Exchange(scope, receive, send, request_id, time.perf_counter())
         try:
             error = await self._route(exchange, services)

@@ -23,6 +23,8 @@ from controlplane.domain import Rejected
 def test_every_rejection_has_its_answer(code, status, answered):
     error = of_rejection(Rejected(code, "because", 1.5), "default")
     assert (error.status, error.code, error.message) == (status, answered, "because")
+    may_repeat = code not in ("retries_exhausted", "worker_error")
+    assert error.should_retry is (None if may_repeat else False)
 
 
 def test_flex_is_refused_as_openai_does_it():

@@ -430,7 +430,7 @@ async def test_server_that_starts_is_503():
     app = v1.V1(lambda: None)
     client = Client(body=b"{}")
     await app(client.scope, client.receive, client.send)
-    assert client.status == 503 and client.json()["error"]["code"] == "starting"
+    assert_error(client, 503, "starting")
 
 
 async def test_large_bodies_are_parsed_in_threads_up_to_a_bound():
