@@ -1,4 +1,4 @@
-"""A control plane on a loop of its own thread, so that pages under Django's client find a server."""
+"""A control plane on a loop in its own thread: pages under Django's client find a server."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""The frame that pages show: alerts with reasons, chart values in order, shapes, bounded history."""
+"""The frame that pages show: alerts with reasons, chart values in order, bounded history."""
 
 import asyncio
 import json

@@ -113,7 +113,7 @@ def test_an_empty_result_says_so(operator):
     assert "No request matches" in operator.get(HISTORY).content.decode()
 
 
-# --- one request ---------------------------------------------------------------------------------
+# --- one request ---
 
 
 def test_the_detail_shows_each_decision_with_its_candidates(operator):
@@ -174,7 +174,7 @@ def test_the_error_of_a_prediction_is_said_in_words(predicted, measured, words):
     assert requests.error_of(predicted, measured) == words
 
 
-# --- waterfall -----------------------------------------------------------------------------------
+# --- waterfall ---
 
 
 def spans(record, target_ms=None):
@@ -211,7 +211,7 @@ def test_the_target_stands_where_it_lies_inside_the_request(target_ms, percent):
     assert [bar.target_percent for bar in bars] == [percent, percent, None, None]
 
 
-# --- live ------------------------------------------------------------------------------------------
+# --- live ---
 
 
 def test_without_a_server_the_live_page_says_so(operator):
