@@ -1,7 +1,7 @@
 """`python -m gpuworkers`: joins a console and serves until told to stop.
 
-Exit codes: 0 after SIGTERM or when the parent is gone, 2 for a wrong setting, 3 when the console
-refuses the worker, 1 for a defect.
+Exit codes: 0 after SIGTERM or when the parent is gone, 2 for a wrong setting or model folder,
+3 when the console refuses the worker, 1 for a defect.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ import threading
 import time
 from typing import Any
 
-from controlplane.errors import ConfigError, SlackwaterError
+from controlplane.errors import SlackwaterError
 from gpuworkers import config, driver
 from gpuworkers.config import WorkerConfig
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.link import JoinRefused
 from gpuworkers.server import Worker, WorkerFacts
 
-EXIT_CONFIG, EXIT_REFUSED = 2, 3
+EXIT_PERMANENT, EXIT_REFUSED = 2, 3
 PARENT_POLL_S = 0.5
 PARENT_GONE_S_MAX = 3.0  # for a goodbye; then the process ends whatever it does
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -115,7 +115,6 @@ def main(argv: list[str]) -> int:
     )
     try:
         worker = config.parse(argv, os.environ)
-        os.environ.pop(config.TOKEN_VARIABLE, None)
         if worker.parent_pid is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             follow_parent(worker.parent_pid)
@@ -124,12 +123,9 @@ def main(argv: list[str]) -> int:
     except JoinRefused as refused:
         print(f"refused: {refused.reason}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_CONFIG
     except SlackwaterError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return EXIT_PERMANENT if error.permanent else 1
     return 0
 
 
