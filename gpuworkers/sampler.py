@@ -17,7 +17,8 @@ MASK_64 = (1 << 64) - 1
 
 def uniform(seed: int, choice_index: int, output_index: int) -> float:
     """The draw in [0, 1) for one output id, 53 bits."""
-    bits = np.random.Philox(key=[seed & MASK_64, choice_index], counter=output_index)
+    key = choice_index << 64 | (seed & MASK_64)
+    bits = np.random.Philox(key=key, counter=output_index)
     return (int(bits.random_raw()) >> 11) * 2.0**-53
 
 
