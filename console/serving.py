@@ -6,10 +6,9 @@ ones end within `drain_s`; the second signal ends the process at once.
 """
 
 import asyncio
+import logging
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,6 +19,8 @@ from console.daphneserver import BoundedServer, event_loop
 from console.state import ServerState
 from controlplane import domain
 from controlplane.errors import SlackwaterError
+
+logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 RESTART_S_MIN, RESTART_S_MAX = 0.1, 5.0  # pause before the control loop runs again after an error
@@ -75,7 +76,7 @@ class Serving:
             await self.started()
         except Exception as error:
             if not isinstance(error, SlackwaterError | OSError):
-                traceback.print_exc(file=sys.stderr)
+                logger.exception("start failed")
             say(f"could not start: {error}")
             self.is_failed = True
             self.begin_drain()
@@ -90,7 +91,7 @@ class Serving:
                 await self._control()
             except Exception:
                 # A bug in one tick must not end the service; it is logged, counted and retried.
-                traceback.print_exc(file=sys.stderr)
+                logger.exception("control loop failed, restart in %.1f s", pause_s)
                 self.state.metrics.loop_restarts.inc()
             if self.loop.time() - started_at_s > RESTART_S_MAX:
                 pause_s = RESTART_S_MIN
@@ -143,7 +144,7 @@ class Serving:
     def _drained(self, task: asyncio.Task[None]) -> None:
         """The server ends, also after a bug in the drain itself."""
         if task.exception() is not None:
-            traceback.print_exception(task.exception(), file=sys.stderr)
+            logger.error("drain failed", exc_info=task.exception())
             self.is_failed = True
         say("stopped")
         assert self.server is not None
