@@ -25,7 +25,8 @@ class ControlPlaneConfig:
     # liveness (design.md section 11)
     suspect_s_min: float = 1.5
     dead_s_min: float = 3.0
-    hung_s_min: float = 10.0  # a step in hand while heartbeats go on
+    stuck_s_min: float = 5.0  # a step in hand while heartbeats go on: no new work
+    hung_s_min: float = 10.0  # and here it counts as dead
     lost_kept_s: float = 600.0  # a lost worker may come back with its resume proof
     stall_s: float = 1.0  # our own tick was late by more: silence is not held against workers
     # placement
@@ -34,6 +35,7 @@ class ControlPlaneConfig:
     transfer_setup_s: float = 0.02
     transfer_bytes_per_s: float = 200e6  # until a pair has been measured
     transfer_weight: float = 0.2  # of one transfer in the pair's running rate
+    transfer_timeout_s: float = 30.0  # beyond four times the predicted prefill
     handoff_gain: float = 0.9  # transfer must cost less than this share of what it saves
     spill_share: float = 0.6  # local must be this much sooner when handoff misses its target
     sequences_max: int = 256  # online sequences on one worker

@@ -116,6 +116,7 @@ class Placer:
         address = prefill.hello.handoff_address
         assert address is not None, prefill.worker_id
         shown = self._registry.capability(request_id, epoch, prefill.worker_id, decode.worker_id)
+        timeout_s = self._config.transfer_timeout_s + 4.0 * placement.predicted_ttft_s
         self.reserve(prefill, tracked, "prefill", uncached)
         self.reserve(decode, tracked, "decode", 0)
         self._commands += [
@@ -131,7 +132,7 @@ class Placer:
                 request_id,
                 epoch,
                 "decode",
-                handoff_in=protocol.HandoffIn(address, shown),
+                handoff_in=protocol.HandoffIn(address, shown, timeout_s),
             ),
         ]
 

@@ -140,8 +140,10 @@ class Worker:
 
     def is_suspect(self, now_s: float, config: ControlPlaneConfig) -> bool:
         """Silent, or in one step, for longer than it should be: it gets no new work."""
-        limit_s = max(config.suspect_s_min, 2.0 * self._predicted_s())
-        return max(now_s - self.heard_at_s, self.busy_s) > limit_s
+        predicted_s = 2.0 * self._predicted_s()
+        return now_s - self.heard_at_s > max(
+            config.suspect_s_min, predicted_s
+        ) or self.busy_s > max(config.stuck_s_min, predicted_s)
 
     def dead_reason(self, now_s: float, config: ControlPlaneConfig) -> str:
         """Why it counts as dead, else an empty string."""

@@ -68,7 +68,8 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
     if worker.status != "live":
         return worker.status
     if worker.is_suspect(ask.now_s, config):
-        return f"nothing heard for {max(ask.now_s - worker.heard_at_s, worker.busy_s):.1f} s"
+        silent_s = ask.now_s - worker.heard_at_s
+        return f"nothing heard for {silent_s:.1f} s, in one step for {worker.busy_s:.1f} s"
     if worker.worker_id in ask.avoid:
         return "refused this request a moment ago"
     model = worker.model(request.model_id)

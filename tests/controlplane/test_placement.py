@@ -35,6 +35,7 @@ def test_long_prompt_is_handed_off_with_one_capability_for_both_sides(prompt_tok
     assert (second.worker_id, second.stage, second.epoch) == ("w2", "decode", 1)
     assert first.handoff_out.capability == second.handoff_in.capability
     assert second.handoff_in.address == "127.0.0.1:9"
+    assert second.handoff_in.timeout_s == pytest.approx(30.0 + 4 * placed.predicted_ttft_s)
 
 
 def test_capabilities_differ_by_request():
