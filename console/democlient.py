@@ -37,7 +37,7 @@ def new_client(base_url: str, api_key: str) -> httpx.AsyncClient:
 
 async def stream_chat(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     """Sends one chat and reads its stream; every failure is an Answer with an error."""
-    reader = _Reader(time.monotonic())
+    reader = Reader(time.monotonic())
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -50,7 +50,7 @@ async def stream_chat(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer
     return reader.answer("")
 
 
-class _Reader:
+class Reader:
     """Gathers the events of one stream."""
 
     def __init__(self, sent_at_s: float) -> None:
