@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from channels.db import database_sync_to_async
 from django.db import OperationalError
 from django.utils import timezone
 
@@ -89,7 +89,7 @@ class Lane:
 
     async def until_rows(self, is_so: Callable[[], bool]) -> None:
         async with asyncio.timeout(GUARD_S):
-            while not await sync_to_async(is_so)():
+            while not await database_sync_to_async(is_so)():
                 await self.tick()
 
     async def tick(self) -> None:
@@ -318,7 +318,7 @@ def test_lines_wait_for_a_worker(tenant: Tenant, writer: FactWriter, tmp_path: P
         worker.die()
         async with feeding(lane):
             await asyncio.sleep(0.2)
-            assert await sync_to_async(batch.lines.filter(status="completed").count)() == 0
+            assert await database_sync_to_async(batch.lines.filter(status="completed").count)() == 0
             worker.join()
             await lane.until_rows(lambda: is_ended(batch))
 
@@ -367,7 +367,7 @@ def test_a_cancelled_batch_stops_the_lines_in_hand(
         lane.server.worker.gate = asyncio.Event()
         async with feeding(lane):
             await lane.until(lambda: len(lane.server.worker.assigned) == 2)
-            cancel = sync_to_async(batchclaims.cancel)
+            cancel = database_sync_to_async(batchclaims.cancel)
             assert await cancel(batch.batch_id, timezone.now())
             assert not await cancel(batch.batch_id, timezone.now())
             await lane.until_rows(lambda: is_ended(batch))
