@@ -9,24 +9,16 @@ other side has confirmed, failed, or the lease is over.
 """
 
 import asyncio
-import hashlib
 import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from controlplane import protocol
-from controlplane.errors import SlackwaterError
+from gpuworkers import handoffwire
 from gpuworkers.engine import Key, KVStore
+from gpuworkers.handoffwire import HandoffError
 
-MAGIC = b"SLACKKV\x01"
-VERSION = 1
-DTYPES = {"fp32": 1, "bf16": 2, "modelled": 3}
-STATUS_OK, STATUS_REFUSED = 0, 1
-CAPABILITY_BYTES_MAX = 512
-FIRST_IDS_MAX = 16
-LAYER_BYTES_MAX = 1 << 28  # what one side holds of a transfer at a time
-CHECKSUM_BYTES = 16  # blake2b-128
 CONNECTIONS_MAX = 512  # accepted, most of them waiting for their prompt
 READ_BYTES = 1 << 20  # taken from the socket before the reader is paused
 TRANSFERS_MAX = 4  # sending at the same time
@@ -35,23 +27,8 @@ REQUEST_S_MAX = 5.0  # from the open socket to the whole request
 EARLY_S_MAX = 2.0  # a peer may ask before our own Assign arrives
 READY_S_MAX = 120.0  # the peer gives up earlier by its own timeout
 SEND_S_MAX = 30.0
-ACK = b"\x06"
-
-REQUEST = struct.Struct("<8sHH")  # magic, version, capability bytes
-# magic, version, status, dtype, layers, layer block bytes, blocks, block tokens, tokens, first ids
-HEADER = struct.Struct("<8sHBBIIIIII")
 
 logger = logging.getLogger(__name__)
-
-
-class HandoffError(SlackwaterError):
-    """No usable KV came; `reason` is one of HandoffFailed's."""
-
-    permanent = False
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +54,6 @@ class _Lease:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     is_over: bool = False
     expiry: asyncio.TimerHandle | None = None
-
-
-def _digest(capability: str) -> bytes:
-    return hashlib.blake2b(capability.encode(), digest_size=32, person=b"sw-handoff-key").digest()
-
-
-def _checksum(digest: bytes, layer: int, data: bytes | memoryview) -> bytes:
-    """Of one layer; the header counts as layer -1."""
-    person = b"sw-kv" + layer.to_bytes(4, "little", signed=True)
-    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES, key=digest, person=person).digest()
 
 
 class HandoffServer:
@@ -125,10 +92,12 @@ class HandoffServer:
             await asyncio.wait(self._tasks)
 
     def offer(self, key: Key, out: protocol.HandoffOut, tokens: int) -> bool:
-        """The prompt of `key` will be fetched by whoever shows the capability; False when full."""
-        if len(self._by_key) >= OFFERS_MAX or key in self._by_key:
+        """The prompt of `key` will be fetched by whoever shows the capability; False when full
+        or known already."""
+        digest = handoffwire.digest_of(out.capability)
+        if key in self._by_key or digest in self._by_digest or len(self._by_key) >= OFFERS_MAX:
             return False
-        lease = _Lease(key, _digest(out.capability), tokens, out.lease_s)
+        lease = _Lease(key, digest, tokens, out.lease_s)
         self._by_key[key] = self._by_digest[lease.digest] = lease
         if (early := self._early.get(lease.digest)) is not None:
             early.set()
@@ -177,7 +146,7 @@ class HandoffServer:
         try:
             if len(self._tasks) <= CONNECTIONS_MAX:
                 await self._serve(reader, writer)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, HandoffError) as error:
+        except (OSError, asyncio.IncompleteReadError, HandoffError) as error:
             logger.info("handoff not sent reason=%r", error)
         finally:
             self._tasks.discard(task)
@@ -185,20 +154,20 @@ class HandoffServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(REQUEST_S_MAX):
-            digest = await _read_request(reader)
+            digest = await handoffwire.read_request(reader)
         lease = await self._claim(digest)
         if lease is not None:
             async with asyncio.timeout(READY_S_MAX):
                 await lease.ready.wait()
         if lease is None or lease.is_over:
-            writer.write(HEADER.pack(MAGIC, VERSION, STATUS_REFUSED, 0, 0, 0, 0, 0, 0, 0))
+            writer.write(handoffwire.REFUSAL)
             await writer.drain()
             return
         try:
             async with asyncio.timeout(SEND_S_MAX), self._sending:
                 await self._send(lease, writer)
-                is_confirmed = await reader.readexactly(1) == ACK
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                is_confirmed = await reader.readexactly(1) == handoffwire.ACK
+        except (OSError, asyncio.IncompleteReadError):  # OSError includes TimeoutError
             self._end(lease, self._dropped)  # the capability is spent: nobody will come again
             raise
         self._end(lease, self._sent if is_confirmed else self._dropped)
@@ -224,28 +193,18 @@ class HandoffServer:
         kv = self._kv
         if lease.is_over:  # while others were sending
             raise HandoffError("refused", f"{lease.key} is over")
-        header = HEADER.pack(
-            MAGIC, VERSION, STATUS_OK, DTYPES[kv.dtype_name], kv.num_layers, kv.layer_block_bytes,
-            len(lease.block_ids), kv.block_tokens, lease.tokens, len(lease.first_ids),
-        )  # fmt: skip
-        header += struct.pack(f"<{len(lease.first_ids)}I", *lease.first_ids)
-        writer.write(header + _checksum(lease.digest, -1, header))
+        writer.write(
+            handoffwire.pack_header(
+                kv, lease.digest, len(lease.block_ids), lease.tokens, lease.first_ids
+            )
+        )
         for layer in range(kv.num_layers):
             if lease.is_over:
                 raise HandoffError("refused", f"{lease.key} ended in the middle")
             data = kv.read(layer, lease.block_ids)
             writer.write(data)
-            writer.write(_checksum(lease.digest, layer, data))
+            writer.write(handoffwire.checksum(lease.digest, layer, data))
             await writer.drain()
-
-
-async def _read_request(reader: asyncio.StreamReader) -> bytes:
-    """Digest of the capability that a peer shows. Raises HandoffError."""
-    magic, version, size = REQUEST.unpack(await reader.readexactly(REQUEST.size))
-    if magic != MAGIC or version != VERSION or not 0 < size <= CAPABILITY_BYTES_MAX:
-        raise HandoffError("malformed", f"request of version {version}, {size} bytes")
-    capability = await reader.readexactly(size)
-    return _digest(capability.decode("utf-8", "replace"))
 
 
 async def fetch(
@@ -286,44 +245,27 @@ async def _fetch(
     tokens: int,
 ) -> Fetched:
     shown = capability.encode()
-    digest = _digest(capability)
-    writer.write(REQUEST.pack(MAGIC, VERSION, len(shown)) + shown)
-    header = await reader.readexactly(HEADER.size)
+    digest = handoffwire.digest_of(capability)
+    writer.write(
+        handoffwire.REQUEST.pack(handoffwire.MAGIC, handoffwire.VERSION, len(shown)) + shown
+    )
+    header = await reader.readexactly(handoffwire.HEADER.size)
     started_at_s = asyncio.get_running_loop().time()
-    num_first_ids = _check_header(header, kv, len(block_ids), tokens)
+    num_first_ids = handoffwire.check_header(header, kv, len(block_ids), tokens)
     header += await reader.readexactly(4 * num_first_ids)
-    _verify(digest, -1, header, await reader.readexactly(CHECKSUM_BYTES))
+    handoffwire.verify(digest, -1, header, await reader.readexactly(handoffwire.CHECKSUM_BYTES))
     layer_bytes = kv.layer_block_bytes * len(block_ids)
     for layer in range(kv.num_layers):
         data = await reader.readexactly(layer_bytes)
-        _verify(digest, layer, data, await reader.readexactly(CHECKSUM_BYTES))
+        handoffwire.verify(
+            digest, layer, data, await reader.readexactly(handoffwire.CHECKSUM_BYTES)
+        )
         try:
             kv.write(layer, block_ids, data)
         except ValueError as error:  # correctly sent, yet no KV: values that are not finite
             raise HandoffError("malformed", str(error)) from None
     seconds = asyncio.get_running_loop().time() - started_at_s
-    writer.write(ACK)
+    writer.write(handoffwire.ACK)
     await writer.drain()
-    first_ids = list(struct.unpack_from(f"<{num_first_ids}I", header, HEADER.size))
+    first_ids = list(struct.unpack_from(f"<{num_first_ids}I", header, handoffwire.HEADER.size))
     return Fetched(first_ids, kv.num_layers * layer_bytes, seconds)
-
-
-def _check_header(header: bytes, kv: KVStore, blocks: int, tokens: int) -> int:
-    """Number of first ids in a header that describes exactly what we reserved."""
-    magic, version, status, *shape, first_ids = HEADER.unpack(header)
-    if magic != MAGIC or version != VERSION:
-        raise HandoffError("malformed", f"header of version {version}")
-    if status != STATUS_OK:
-        raise HandoffError("refused", "the peer does not know the capability, or it was used")
-    dtype = DTYPES[kv.dtype_name]
-    ours = [dtype, kv.num_layers, kv.layer_block_bytes, blocks, kv.block_tokens, tokens]
-    if shape != ours:
-        raise HandoffError("malformed", f"shape {shape}, reserved {ours}")
-    if not 0 < first_ids <= FIRST_IDS_MAX or blocks * kv.layer_block_bytes > LAYER_BYTES_MAX:
-        raise HandoffError("malformed", f"{first_ids} first ids, {blocks} blocks")
-    return int(first_ids)
-
-
-def _verify(digest: bytes, layer: int, data: bytes, checksum: bytes) -> None:
-    if _checksum(digest, layer, data) != checksum:
-        raise HandoffError("checksum", f"layer {layer} is not what the peer sent")

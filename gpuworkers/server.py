@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from controlplane import protocol
 from controlplane.errors import ProtocolError
-from gpuworkers import handoff
+from gpuworkers import handoff, handoffwire
 from gpuworkers.driver import Driver, Turn, call
 from gpuworkers.engine import Engine, Key
 from gpuworkers.heartbeat import Heart
@@ -199,7 +199,7 @@ class Worker:
         assert message.handoff_in is not None
         try:
             fetched = await handoff.fetch(message.handoff_in, engine.runner.kv, block_ids, tokens)
-        except handoff.HandoffError as error:
+        except handoffwire.HandoffError as error:
             logger.warning("handoff failed request=%s epoch=%d %s", *key, error)
             self._driver.post(functools.partial(engine.abandon, *key))
             self._link.post(protocol.HandoffFailed(*key, error.reason))

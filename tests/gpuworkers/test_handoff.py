@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from controlplane import protocol
-from gpuworkers import handoff
+from gpuworkers import handoff, handoffwire
 from gpuworkers.engine import Key
 from gpuworkers.fake import FakeKV
-from gpuworkers.handoff import HEADER, MAGIC, REQUEST, VERSION, HandoffError, HandoffServer, fetch
+from gpuworkers.handoff import HandoffServer, fetch
+from gpuworkers.handoffwire import HEADER, MAGIC, REQUEST, VERSION, HandoffError
 from tests.gpuworkers.flipproxy import FlipProxy
 
 KEY = ("r", 1)
 CAPABILITY = "one-time"
 TOKENS = 40  # three blocks of 16
 SOURCE_BLOCKS, OWN_BLOCKS = [5, 2, 7], [0, 6, 3]
-HEADER_BYTES = HEADER.size + 4 + handoff.CHECKSUM_BYTES  # with one first id
+HEADER_BYTES = HEADER.size + 4 + handoffwire.CHECKSUM_BYTES  # with one first id
 LAYER_BYTES = 3 * FakeKV.layer_block_bytes
 
 
@@ -136,7 +137,10 @@ async def test_revoked_offer_is_refused_even_to_a_peer_that_waits(sender: Sender
         HEADER_BYTES - 1,  # checksum of the header
         HEADER_BYTES,  # first layer
         HEADER_BYTES + LAYER_BYTES,  # its checksum
-        HEADER_BYTES + 2 * LAYER_BYTES + handoff.CHECKSUM_BYTES - 1,  # last byte of the last layer
+        HEADER_BYTES
+        + 2 * LAYER_BYTES
+        + handoffwire.CHECKSUM_BYTES
+        - 1,  # last byte of the last layer
     ],
 )
 async def test_one_flipped_bit_anywhere_behind_the_shape_is_a_checksum_failure(
@@ -273,7 +277,7 @@ async def peer_sending(answer: bytes) -> AsyncIterator[str]:
         b"\x00" * REQUEST.size,
         REQUEST.pack(MAGIC, VERSION + 1, 8) + b"one-time",
         REQUEST.pack(MAGIC, VERSION, 0),
-        REQUEST.pack(MAGIC, VERSION, handoff.CAPABILITY_BYTES_MAX + 1),
+        REQUEST.pack(MAGIC, VERSION, handoffwire.CAPABILITY_BYTES_MAX + 1),
     ],
 )
 async def test_malformed_request_is_closed_without_an_answer(
@@ -291,7 +295,7 @@ async def test_request_that_is_not_utf8_is_refused(sender: Sender) -> None:
     writer.write(REQUEST.pack(MAGIC, VERSION, 4) + b"\xff\xfe\xfd\xfc")
     async with asyncio.timeout(20):
         answer = await reader.readexactly(HEADER.size)
-    assert HEADER.unpack(answer)[2] == handoff.STATUS_REFUSED
+    assert HEADER.unpack(answer)[2] == handoffwire.STATUS_REFUSED
     writer.close()
 
 
@@ -305,6 +309,9 @@ async def test_offers_over_the_maximum_are_not_kept(sender: Sender) -> None:
 
 async def test_offer_that_comes_twice_stays_one(sender: Sender) -> None:
     assert sender.offer() and not sender.offer()
+    assert not sender.offer(("another request", 1), CAPABILITY)
+    sender.server.revoke(KEY)
+    assert sender.offer()
 
 
 async def test_older_epochs_are_revoked_and_newer_ones_stay(sender: Sender) -> None:
@@ -341,7 +348,7 @@ async def test_transfers_beyond_the_maximum_wait_for_a_place(sender: Sender) -> 
 
 
 async def test_checksums_of_one_transfer_do_not_fit_another() -> None:
-    ours, theirs = handoff._digest("a"), handoff._digest("b")
+    ours, theirs = handoffwire.digest_of("a"), handoffwire.digest_of("b")
     data = struct.pack("<4Q", *range(4))
-    assert handoff._checksum(ours, 0, data) != handoff._checksum(theirs, 0, data)
-    assert handoff._checksum(ours, 0, data) != handoff._checksum(ours, 1, data)
+    assert handoffwire.checksum(ours, 0, data) != handoffwire.checksum(theirs, 0, data)
+    assert handoffwire.checksum(ours, 0, data) != handoffwire.checksum(ours, 1, data)
