@@ -7,6 +7,8 @@ import torch
 def shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the shape matches; None matches any size."""
     actual = tuple(tensor.shape)
+    if actual == expected:
+        return
     if len(actual) != len(expected) or any(
         want is not None and want != have for want, have in zip(expected, actual, strict=True)
     ):

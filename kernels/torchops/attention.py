@@ -31,6 +31,7 @@ class DecodeGroup:
     """Single query tokens, longest context first, and their (token, tile) pairs, tile by tile."""
 
     token_rows: torch.Tensor  # (n,) rows of the step
+    pair_rows: torch.Tensor  # (pairs,) row of the step
     pair_tokens: torch.Tensor  # (pairs,) index into token_rows
     gather: torch.Tensor  # (2·pairs·kv_heads·blocks per tile,) block rows of the KV layer
     mask: torch.Tensor  # (pairs, 1, 1, TILE_TOKENS) 0 or minus infinity
@@ -53,6 +54,7 @@ class StepIndices:
     """What all layers of a step share."""
 
     heads: Heads
+    num_rows: int
     slots: torch.Tensor  # see pointwise.rope_write
     decodes: list[DecodeGroup]
     chunks: list[ChunkGroup]
@@ -82,7 +84,7 @@ def plan_step(
                 chunks.append(_chunk_group(first_row, first, size, table, heads, block_tokens))
         row += count
     groups = [_decode_group(part, heads, block_tokens) for part in _split(singles)]
-    return StepIndices(heads, _slots(slots, heads, block_tokens), groups, chunks)
+    return StepIndices(heads, row, _slots(slots, heads, block_tokens), groups, chunks)
 
 
 def _slots(
@@ -137,8 +139,10 @@ def _decode_group(
     columns = pair_tiles[:, None] * per_tile + np.arange(per_tile)
     positions = pair_tiles[:, None] * TILE_TOKENS + np.arange(TILE_TOKENS)
     mask = np.where(positions < lengths[pair_tokens][:, None], 0.0, -np.inf).astype(np.float32)
+    token_rows = np.array([row for row, _, _ in singles])
     return DecodeGroup(
-        torch.tensor([row for row, _, _ in singles]),
+        torch.from_numpy(token_rows),
+        torch.from_numpy(token_rows[pair_tokens]),
         torch.from_numpy(pair_tokens),
         _block_rows(tables[pair_tokens[:, None], columns], heads),
         torch.from_numpy(mask[:, None, None, :]),
@@ -172,7 +176,7 @@ def attention(
 ) -> torch.Tensor:
     """See Ops.attention. q (rows, q_heads, head_dim); computed in float32."""
     heads = step.heads
-    checks.shape("q", q, (None, heads.num_q_heads, heads.head_dim))
+    checks.shape("q", q, (step.num_rows, heads.num_q_heads, heads.head_dim))
     checks.contiguous("kv_layer", kv_layer)
     kv_rows = kv_layer.view(kv_layer.shape[0] * 2 * heads.num_kv_heads, -1)
     scaled = q.float() * heads.head_dim**-0.5
@@ -193,9 +197,8 @@ def _decode(
     kv_heads, dim = heads.num_kv_heads, heads.head_dim
     pairs = len(group.pair_tokens)
     keys, values = kv_rows.index_select(0, group.gather).float().view(2, -1, TILE_TOKENS, dim)
-    q = q.index_select(0, group.token_rows)
-    q = F.pad(q, (0, 0, 0, max(0, rows_min - heads.group)))
-    q = q.index_select(0, group.pair_tokens).view(pairs * kv_heads, -1, dim)
+    q = q.index_select(0, group.pair_rows)
+    q = F.pad(q, (0, 0, 0, max(0, rows_min - heads.group))).view(pairs * kv_heads, -1, dim)
     scores = torch.bmm(q, keys.transpose(1, 2)).view(pairs, kv_heads, -1, TILE_TOKENS)
     scores += group.mask
     peak = _over_tiles(torch.maximum, scores.amax(-1), group.tile_counts)

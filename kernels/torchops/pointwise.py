@@ -41,12 +41,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     cos, sin (rows, head_dim / 2). Source: Su et al. 2021, arXiv:2104.09864, in Llama's pairing."""
     half = x.shape[-1] // 2
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    low, high = x[..., :half].float(), x[..., half:].float()
-    out = torch.empty_like(x)
-    out[..., :half] = low * cos - high * sin
-    out[..., half:] = high * cos + low * sin
-    return out
+    wide = x.float()
+    swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1)
+    both, signed = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return (wide * both[:, None, :]).add_(swapped.mul_(signed[:, None, :])).to(x.dtype)
 
 
 def rope_write(

@@ -10,7 +10,7 @@ from gpuworkers.calibration import faster_dtype, fit_step_model
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.llama import load_llama
 from gpuworkers.runner import TorchRunner, load
-from gpuworkers.scheduler import PlanRow
+from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import from_assign
 from gpuworkers.weights import WeightFiles, read_config
 from kernels.ops import Heads
@@ -87,14 +87,16 @@ def test_the_forward_pass_agrees_with_the_float64_reference(tmp_path, changes):
 
 
 def test_a_step_without_sampling_rows_gives_no_ids(folder):
-    bench = bench_of(folder, kv_tokens=512)
-    bench.assign("r", 300, 1)
-    bench.engine.step_model.observe = lambda *_: None
-    result = bench.step()
-    assert [r.token_ids for r in result.sequences if r.finish_reason is None] in ([], [[]])
+    runner, *_ = load(folder, "tiny", dtype="fp32", kv_tokens=64)
+    sequence = from_assign(assign("r", 40), 0.0)
+    sequence.block_ids = [0, 1, 2]
+    part = Plan((PlanRow(sequence, 0, 20, False),), 1, StepFeatures(), 0.0, 0.0, 0.0)
+    assert runner.run(part).token_ids == []
+    rest = Plan((PlanRow(sequence, 20, 20, True),), 1, StepFeatures(), 0.0, 0.0, 0.0)
+    assert len(runner.run(rest).token_ids) == 1
 
 
-def test_weights_that_give_no_numbers_end_the_request_with_an_error(tmp_path, folder):
+def test_weights_that_give_no_numbers_end_the_request_with_an_error(folder):
     bench = bench_of(folder, kv_tokens=512)
     bench.runner.model._norm[:] = torch.nan
     bench.assign("r", 20, 5)
