@@ -85,7 +85,7 @@ class Placer:
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:
-            self._observe(found, now_s)
+            self._observe(request.model_id, found, now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)
         self._count_move(tracked, found)
         record = decisions.placed(
@@ -95,13 +95,15 @@ class Placer:
         self._commands.append(Decided(request.request_id, outcome, record))
         tracked.move_reason = ""
 
-    def _observe(self, found: Route, now_s: float) -> None:
+    def _observe(self, model_id: str, found: Route, now_s: float) -> None:
         assert found.placement is not None
         first = next(
             row for row in found.candidates if row.worker_id == found.placement.prefill_worker
         )
         floor = max(found.threshold_tokens, self._config.handoff_tokens_min)
-        self._planner.observe_request(now_s, first.prefill_s, found.uncached_tokens >= floor)
+        self._planner.observe_request(
+            now_s, model_id, first.prefill_s, found.uncached_tokens >= floor
+        )
 
     def _dispatch(self, tracked: Tracked, placement: domain.Placement, uncached: int) -> None:
         request_id, epoch = tracked.request_id, tracked.epoch

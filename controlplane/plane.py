@@ -121,7 +121,7 @@ class ControlPlane:
         worker.report(load)
         worker.busy_s = busy_s
         if worker.role != "prefill":
-            self._planner.observe_decode(now_s, load.online_s)
+            self._planner.observe_decode(now_s, worker.worker_id, load.online_s)
 
     def _on_role(self, event: domain.RoleOrdered, now_s: float) -> None:
         worker = self._registry.workers.get(event.worker_id)

@@ -14,6 +14,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.protocol import Role
 from controlplane.registry import Worker
 
+SAMPLES_MAX = 20_000  # requests, and reports, of one window; the newest count
 PREFILL_BUSY = 0.85  # plan with a prefill pool no busier than this (algorithms.md 2e)
 PREFILL_SPARE = 0.5  # the pool must stay below this with one worker less
 PREFILL_NONE = 0.05  # seconds of prefill per second that do not earn a worker of their own
@@ -35,6 +36,7 @@ class Flip:
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     at_s: float
+    model_id: str
     prefill_s: float  # of a prompt that handing off would serve, else 0
 
 
@@ -79,19 +81,21 @@ class _Load:
 @dataclass(slots=True)
 class Planner:
     config: ControlPlaneConfig
-    _arrivals: deque[_Arrival] = field(default_factory=lambda: deque(maxlen=10_000))
-    _busy_s: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=10_000))
+    _arrivals: deque[_Arrival] = field(default_factory=lambda: deque(maxlen=SAMPLES_MAX))
+    _busy_s: deque[tuple[float, str, float]] = field(
+        default_factory=lambda: deque(maxlen=SAMPLES_MAX)
+    )
     _planned_at_s: float = 0.0
     _started_at_s: float | None = None
 
-    def observe_request(self, now_s: float, prefill_s: float, is_long: bool) -> None:
+    def observe_request(self, now_s: float, model_id: str, prefill_s: float, is_long: bool) -> None:
         """An online request started for the first time."""
-        self._arrivals.append(_Arrival(now_s, prefill_s if is_long else 0.0))
+        self._arrivals.append(_Arrival(now_s, model_id, prefill_s if is_long else 0.0))
 
-    def observe_decode(self, now_s: float, online_s: float) -> None:
+    def observe_decode(self, now_s: float, worker_id: str, online_s: float) -> None:
         """A worker that decodes spent `online_s` on online rows since its last report."""
         if online_s > 0.0:
-            self._busy_s.append((now_s, online_s))
+            self._busy_s.append((now_s, worker_id, online_s))
 
     def plan(self, now_s: float, workers: Sequence[Worker]) -> Flip | None:
         """At most one role change; call at each tick."""
@@ -105,24 +109,32 @@ class Planner:
             self._arrivals.popleft()
         while self._busy_s and self._busy_s[0][0] <= now_s - window_s:
             self._busy_s.popleft()
-        live = [worker for worker in workers if worker.status == "live"]
-        if len(live) < 2 or now_s - self._started_at_s < window_s:
+        if now_s - self._started_at_s < window_s:
             return None
-        return self._flip(now_s, live)
+        live = [worker for worker in workers if worker.status == "live"]
+        model_ids = {model.model_id for worker in live for model in worker.hello.models}
+        for model_id in sorted(model_ids):
+            serving = [worker for worker in live if worker.has_model(model_id)]
+            if len(serving) >= 2 and (flip := self._flip(now_s, model_id, serving)):
+                return flip
+        return None
 
-    def _flip(self, now_s: float, live: Sequence[Worker]) -> Flip | None:
+    def _flip(self, now_s: float, model_id: str, live: Sequence[Worker]) -> Flip | None:
+        """For the workers that serve one model."""
         window_s = self.config.plan_window_s
         prefillers = [worker for worker in live if worker.role == "prefill"]
         decoders = [worker for worker in live if worker.role != "prefill"]
-        num_long = sum(1 for arrival in self._arrivals if arrival.prefill_s > 0.0)
-        demand = sum(arrival.prefill_s for arrival in self._arrivals) / window_s
-        busy = sum(seconds for _, seconds in self._busy_s) / window_s
+        arrivals = [arrival for arrival in self._arrivals if arrival.model_id == model_id]
+        num_long = sum(1 for arrival in arrivals if arrival.prefill_s > 0.0)
+        demand = sum(arrival.prefill_s for arrival in arrivals) / window_s
+        ids = {worker.worker_id for worker in decoders}
+        busy = sum(seconds for _, worker_id, seconds in self._busy_s if worker_id in ids) / window_s
         facts = (
-            f"in {window_s:.0f} s {num_long} of {len(self._arrivals)} prompts were long, asking for"
+            f"in {window_s:.0f} s {num_long} of {len(arrivals)} prompts were long, asking for"
             f" {demand:.2f} s/s of prefill from {len(prefillers)} prefill workers;"
             f" {len(decoders)} others were busy {busy:.2f} s/s"
         )
-        load = _Load(demand, busy, len(prefillers), len(decoders), len(self._arrivals), num_long)
+        load = _Load(demand, busy, len(prefillers), len(decoders), len(arrivals), num_long)
         if load.can_spare_prefill:
             if worker := self._mover(now_s, prefillers):
                 return Flip(worker, "decode", f"{facts}: {worker.worker_id} decodes from now on")

@@ -27,6 +27,8 @@ class Rig:
         commands = self.plane.handle(event, self.now_s, lambda: 0.25)
         self.plane.check_integrity()
         self.commands += commands
+        for dispatch in of(domain.Dispatch, commands):
+            assert self.worker(dispatch.worker_id).status == "live", dispatch
         for greet in of(domain.Greet, commands):
             if isinstance(greet.message, protocol.Welcome):
                 self.welcomes[greet.message.worker_id] = greet.message

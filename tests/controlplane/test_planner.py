@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from controlplane import domain
+from controlplane import domain, protocol
 from tests.controlplane.rig import Rig, of
 from tests.factories import make_load
 
@@ -45,7 +45,7 @@ def steady_mix(seed: int):
     return lambda: chance.randint(256, 600) if chance.random() < 0.5 else chance.randint(8, 48)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("per_s", [0.5, 1.0])
 def test_steady_half_and_half_mix_moves_nobody(seed, per_s):
     assert run(cluster("prefill", "decode"), 180.0, steady_mix(seed), per_s) == []
@@ -146,3 +146,13 @@ def test_batch_lines_are_no_demand():
         rig.tick(1.0, heard=("w1", "w2"))
         rig.finish(f"b{index}")
     assert of(domain.PlanChanged, rig.commands) == []
+
+
+def test_models_are_planned_apart():
+    rig = cluster("prefill", "decode")
+    other = protocol.ModelFacts("modelled-8b", "c" * 64, 8192, 128_000, 131_072)
+    for role in ("prefill", "prefill", "decode", "decode"):
+        rig.join(role, models=(other,))
+    assert run(rig, 90.0, steady_mix(2)) == [], "no request asked for the other model"
+    (flip,) = run(rig, 45.0, lambda: SHORT)
+    assert flip.worker_id == "w1"
