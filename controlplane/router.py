@@ -85,7 +85,7 @@ def _with_split(
     eligible = [option for option in options if option.candidate.eligible]
     target = min(eligible, key=lambda option: (option.candidate.itl_s, option.order))
     per_token = target.worker.model(model_id).kv_bytes_per_token
-    num_bytes = per_token * (ask.request.prompt_tokens - target.candidate.cached_tokens)
+    num_bytes = per_token * ask.request.prompt_tokens  # a transfer shares no cached block
     remotes = []
     for option in _ranked(prefillers, ask, config, is_prefill=True):
         if not can_pair(option.worker, target.worker, model_id):
@@ -97,6 +97,11 @@ def _with_split(
         remotes.append(_Option(option.worker, row))
     every = sorted(options + remotes, key=lambda option: option.order)
     able = [option for option in remotes if option.candidate.eligible]
+    uncached = ask.request.prompt_tokens - local.candidate.cached_tokens
+    floor = config.handoff_tokens_min
+    if not able and uncached < floor:
+        why = f"{uncached} uncached tokens are below the handoff threshold of {floor}"
+        return _settle(ask, local.candidate, None, every, why, config, floor)
     if not able:
         why = remotes[0].candidate.reason if remotes else "its KV does not fit the decode worker"
         why = f"no prefill worker can take it: {why}"
@@ -109,7 +114,6 @@ def _with_split(
         per_token * rates.seconds_per_byte(pair),
         config,
     )
-    uncached = ask.request.prompt_tokens - local.candidate.cached_tokens
     is_handoff, why = choose(
         uncached, threshold, local.candidate, remote.candidate, ask.ttft_s_left, config
     )

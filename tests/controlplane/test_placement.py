@@ -315,3 +315,14 @@ def test_large_cluster_passes_over_workers_that_cannot_take_it():
     rig.now_s = 2.0
     rig.send("w5", make_load(prefill_tokens_waiting=100))
     assert placement(rig.submit()).decode_worker == "w5"
+
+
+def test_short_prompt_is_local_for_its_length_even_while_prefill_is_away():
+    rig = demo()
+    rig.tick(2.0, heard=("w2",))
+    assert rig.worker("w1").status == "suspect"
+    short = of(domain.Decided, rig.submit("r1", prompt_tokens=40))[0].record
+    assert short.split_reason == "40 uncached tokens are below the handoff threshold of 128"
+    assert short.handoff_threshold_tokens == 128
+    long = of(domain.Decided, rig.submit("r2", prompt_tokens=400))[0].record
+    assert long.split_reason.startswith("no prefill worker can take it: nothing heard for 2.0 s")
