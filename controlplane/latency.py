@@ -14,6 +14,9 @@ CONTEXT_TILE = 16  # query tokens that share one pass over the context of a chun
 SCORES_MAX = 400  # rolling window of measured / predicted
 SCORES_MIN = 100  # a p99 needs at least 99 scores
 MARGIN_AT_START = 1.3  # p99 / mean until SCORES_MIN steps were seen
+# Stalls from outside the step (other processes on the host) reach far above this and hit small
+# steps as hard as large ones: planning smaller steps against them starves batch and helps nobody.
+PLAN_MARGIN_MAX = 1.3
 MARGIN_REFRESH_STEPS = 20
 QUANTILE = 0.99
 SCALE_WEIGHT = 0.05  # of one step in the running scale
@@ -65,6 +68,10 @@ class LatencyModel:
     def p99_s(self, features: StepFeatures) -> float:
         """Seconds that 99 of 100 such steps do not exceed."""
         return self._margin * self.predict_s(features)
+
+    def plan_s(self, features: StepFeatures) -> float:
+        """Seconds to plan the step with: the p99, as far as a smaller step could lower it."""
+        return min(self._margin, PLAN_MARGIN_MAX) * self.predict_s(features)
 
     def observe(self, features: StepFeatures, measured_s: float) -> None:
         """Learn from an executed step."""

@@ -6,7 +6,6 @@ request has at most one epoch here: a newer one replaces the older. Ids that end
 stop ids) are reported like any other id; the gateway leaves them out of the text.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,15 +13,14 @@ from typing import Protocol
 from controlplane import protocol
 from controlplane.latency import LatencyModel
 from gpuworkers import blocks, scheduler
-from gpuworkers.blocks import BlockPool
 from gpuworkers.load import LoadMeter
+from gpuworkers.reports import EndedSequences, Key, report
+from gpuworkers.reservation import Reservations
 from gpuworkers.sequence import Sequence, from_assign
 
 SEQUENCES_MAX = 256  # online sequences in hand, and as many batch sequences
 FINISHED_KEPT_MAX = 256  # ended sequences whose ids can still be sent again
 BATCH_RESERVE_RATIO = 0.125  # share of the blocks that batch leaves to online arrivals
-
-Key = tuple[str, int]
 
 
 class KVStore(Protocol):
@@ -80,16 +78,6 @@ class StepResult:
     measured_s: float  # 0 when nothing was computed
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """An ended sequence: its output ids, for Resend."""
-
-    prompt_tokens: int
-    output_ids: list[int]
-    finish_reason: protocol.FinishReason
-    cached_tokens: int
-
-
 class Engine:
     """See module. Methods that name an unknown (request_id, epoch) do nothing: it was cancelled."""
 
@@ -107,10 +95,13 @@ class Engine:
         self.model = model
         self.role = role
         self.is_draining = False
-        self.pool = BlockPool(runner.kv.num_blocks, runner.kv.block_tokens)
+        self._kv = Reservations(
+            runner.kv.num_blocks, runner.kv.block_tokens, config.batch_reserve_ratio
+        )
+        self.pool = self._kv.pool
         self._sequences: dict[Key, Sequence] = {}  # online in order of arrival, batch in turn
         self._epochs: dict[str, int] = {}
-        self._ended: OrderedDict[Key, _Ended] = OrderedDict()
+        self._ended = EndedSequences(config.finished_kept_max)
         self._reports: list[protocol.SequenceReport] = []  # to go with the next step
         self._meter = LoadMeter()
 
@@ -130,9 +121,11 @@ class Engine:
             self.abandon(message.request_id, older)
         sequence = from_assign(message, now_s)
         reason = self._refusal(message, sequence)
-        reserves_now = not sequence.is_batch or sequence.stage == "decode"
-        if reason is None and reserves_now and not self._reserve(sequence):
-            reason = "no_kv_room"
+        if reason is None and not (sequence.is_batch and sequence.stage != "decode"):
+            if self._kv.make_room(sequence, self._sequences.values()):
+                self._kv.start(sequence)
+            else:
+                reason = "no_kv_room"
         if reason is not None:
             return self._rejected(key, reason)
         self._sequences[key] = sequence
@@ -156,66 +149,10 @@ class Engine:
         total = sequence.prompt_tokens + sequence.sampling.output_tokens_max
         if total > self.model.max_model_len or sequence.sampling.output_tokens_max < 1:
             return "too_long"
-        blocks_max = self.pool.num_blocks
-        if sequence.is_batch:
-            blocks_max -= self._batch_reserve
-        if blocks.blocks_for(sequence.tokens_max, self.pool.block_tokens) > blocks_max:
+        if not self._kv.can_ever_fit(sequence):
             return "too_long"
         same = sum(other.is_batch == sequence.is_batch for other in self._sequences.values())
         return "queue_full" if same >= self.config.sequences_max else None
-
-    @property
-    def _batch_reserve(self) -> int:
-        return int(self.pool.num_blocks * self.config.batch_reserve_ratio)
-
-    def _wanted(self, sequence: Sequence) -> tuple[list[bytes], int]:
-        """Names of blocks that may be reused, and the number of blocks needed in all."""
-        size = self.pool.block_tokens
-        num_blocks = blocks.blocks_for(sequence.tokens_max, size)
-        if sequence.stage == "decode":  # the peer's KV is written into them: share none
-            return [], num_blocks
-        reusable = (len(sequence.token_ids) - 1) // size  # the last token must be computed
-        blocks.extend_hashes(
-            sequence.hashes, sequence.salt, sequence.token_ids, reusable * size, size
-        )
-        return sequence.hashes[:reusable], num_blocks
-
-    def _reserve(self, sequence: Sequence) -> bool:
-        """Blocks for a sequence now; online ones are taken from batch sequences where needed."""
-        hashes, num_blocks = self._wanted(sequence)
-        if sequence.is_batch and not self._can_start(sequence):
-            return False
-        if not self.pool.has_room(hashes, num_blocks):
-            in_hand = self._sequences.values()
-            victims = [s for s in in_hand if s.is_batch and s.phase == "running"]
-            held = sum(self.pool.num_held(s.key) for s in victims)
-            if num_blocks > self.pool.num_available + held:
-                return False
-            for victim in sorted(victims, key=lambda s: s.arrived_at_s, reverse=True):
-                self._preempt(victim)
-                if self.pool.has_room(hashes, num_blocks):
-                    break
-            else:
-                return False
-        self._allocate(sequence, hashes, num_blocks)
-        return True
-
-    def _allocate(self, sequence: Sequence, hashes: list[bytes], num_blocks: int) -> None:
-        reused = self.pool.allocate(sequence.key, hashes, num_blocks)
-        sequence.block_ids = self.pool.block_ids(sequence.key)
-        sequence.computed_tokens = reused * self.pool.block_tokens
-        sequence.cached_tokens = min(sequence.computed_tokens, sequence.prompt_tokens)
-        sequence.phase = "arriving" if sequence.stage == "decode" else "running"
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Free a batch sequence's blocks; what the cache loses of them is computed again later."""
-        assert sequence.is_batch, sequence.key
-        self.pool.free(sequence.key)
-        sequence.block_ids = []
-        sequence.computed_tokens = 0
-        sequence.phase = "waiting"
-        if sequence.stage == "decode":  # its KV came from a peer: from here on it is our own
-            sequence.stage = "full"
 
     # --- what the link tells
 
@@ -226,14 +163,12 @@ class Engine:
     def abandon(self, request_id: str, epoch: int) -> None:
         """Forget a sequence, its blocks, and the ids kept for Resend."""
         key = (request_id, epoch)
-        self._ended.pop(key, None)
+        self._ended.forget(key)
         if key in self._sequences:
             self._drop(self._sequences[key])
 
     def _drop(self, sequence: Sequence) -> None:
-        if sequence.block_ids:
-            self.pool.free(sequence.key)
-            sequence.block_ids = []
+        self._kv.free(sequence)
         del self._sequences[sequence.key]
         del self._epochs[sequence.request_id]
 
@@ -247,7 +182,7 @@ class Engine:
         sequence.token_ids.extend(first_ids)
         sequence.last_token_at_s = now_s
         sequence.phase = "running"
-        self._publish(sequence, 0)
+        self._kv.publish(sequence, 0)
         finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
         if finish_reason is not None:
             self._end(sequence, finish_reason)
@@ -274,16 +209,11 @@ class Engine:
     def resend(self, request_id: str, epoch: int, seq: int) -> protocol.SequenceReport | None:
         """Output ids from index `seq` on, of a sequence in hand or lately ended."""
         key = (request_id, epoch)
-        if (ended := self._ended.get(key)) is not None:
-            context = ended.prompt_tokens + len(ended.output_ids)
-            return protocol.SequenceReport(
-                *key, seq, ended.output_ids[seq:], ended.finish_reason, 0, ended.cached_tokens,
-                context,
-            )  # fmt: skip
         sequence = self._sequences.get(key)
-        if sequence is None or seq > sequence.output_tokens:
-            return None
-        return self._report(sequence, sequence.output_tokens - seq, None, 0)
+        if sequence is None:
+            return self._ended.resend(key, seq)
+        num_ids = sequence.output_tokens - seq
+        return report(sequence, num_ids) if num_ids >= 0 else None
 
     def set_role(self, role: protocol.Role) -> None:
         """Roles guide the console's router; an engine runs every stage in any role."""
@@ -307,9 +237,9 @@ class Engine:
 
     def live_sequences(self) -> list[protocol.LiveSequence]:
         """What this engine can go on with, or send again, after a reconnect."""
-        live = [protocol.LiveSequence(*s.key, s.output_tokens) for s in self._sequences.values()]
-        ended = [protocol.LiveSequence(*key, len(e.output_ids)) for key, e in self._ended.items()]
-        return live + ended
+        running = self._sequences.values()
+        live = [protocol.LiveSequence(*s.key, s.output_tokens) for s in running]
+        return live + self._ended.live()
 
     def load(self, idle_s: float) -> protocol.WorkerLoad:
         """State for a report; the sums of seconds start again at 0."""
@@ -319,12 +249,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that blocks are conserved and belong to sequences in hand."""
-        self.pool.check_integrity()
-        for sequence in self._sequences.values():
-            has_blocks = sequence.phase != "waiting"
-            assert has_blocks == bool(sequence.block_ids), (sequence.key, sequence.phase)
-            assert self.pool.num_held(sequence.key) == len(sequence.block_ids), sequence.key
-        assert sum(bool(s.block_ids) for s in self._sequences.values()) == self.pool.num_owners
+        self._kv.check_integrity(self._sequences.values())
         assert self._epochs == {s.request_id: s.epoch for s in self._sequences.values()}
 
     # --- the step
@@ -346,10 +271,6 @@ class Engine:
         reports, self._reports = self._reports, []
         return StepResult(reports, ready, measured_s)
 
-    def _can_start(self, sequence: Sequence) -> bool:
-        hashes, num_blocks = self._wanted(sequence)
-        return self.pool.has_room(hashes, num_blocks, self._batch_reserve)
-
     def _next_batch(self) -> Sequence | None:
         """The oldest waiting batch sequence, when it may get its blocks now."""
         batch = [s for s in self._sequences.values() if s.is_batch]
@@ -357,12 +278,12 @@ class Engine:
         if not waiting or len(batch) - len(waiting) >= self.config.policy.batch_rows_max:
             return None
         oldest = min(waiting, key=lambda s: (s.arrived_at_s, s.key))
-        return oldest if self._can_start(oldest) else None
+        return oldest if self._kv.has_room(oldest) else None
 
     def _start_batch(self) -> None:
         """Give blocks to waiting batch sequences while the reserve for online ones stays free."""
         while (sequence := self._next_batch()) is not None:
-            self._allocate(sequence, *self._wanted(sequence))
+            self._kv.start(sequence)
 
     def _state(self) -> scheduler.SchedulerState:
         running = [s for s in self._sequences.values() if s.phase == "running"]
@@ -382,11 +303,11 @@ class Engine:
             first_block = sequence.computed_tokens // self.pool.block_tokens
             prefill_tokens = max(0, min(row.start + row.count, sequence.prompt_tokens) - row.start)
             sequence.computed_tokens += row.count
-            self._publish(sequence, first_block)
-            if sequence.is_batch and sequence.is_decoding:  # its next turn is after all others
+            self._kv.publish(sequence, first_block)
+            if sequence.is_batch and row.samples:  # its next turn is after all others
                 self._sequences[sequence.key] = self._sequences.pop(sequence.key)
             if not row.samples:
-                self._reports.append(self._report(sequence, 0, None, prefill_tokens))
+                self._reports.append(report(sequence, 0, None, prefill_tokens))
                 continue
             token_id = next(token_ids)
             if token_id is None:
@@ -398,42 +319,12 @@ class Engine:
             if finish_reason is not None:
                 self._end(sequence, finish_reason, 1, prefill_tokens)
                 continue
-            self._reports.append(self._report(sequence, 1, None, prefill_tokens))
+            self._reports.append(report(sequence, 1, None, prefill_tokens))
             if sequence.stage == "prefill":
                 sequence.phase = "leased"
                 self.pool.lease(sequence.key)
                 ready.append(sequence.key)
         return ready
-
-    def _publish(self, sequence: Sequence, first_block: int) -> None:
-        """Name the blocks from first_block on that are full now, so that others can reuse them."""
-        size = self.pool.block_tokens
-        full = sequence.computed_tokens // size
-        if full == first_block:
-            return
-        blocks.extend_hashes(sequence.hashes, sequence.salt, sequence.token_ids, full * size, size)
-        for index in range(first_block, full):
-            self.pool.publish(sequence.key, index, sequence.hashes[index])
-
-    def _report(
-        self,
-        sequence: Sequence,
-        num_ids: int,
-        finish_reason: protocol.FinishReason | None,
-        prefill_tokens: int,
-    ) -> protocol.SequenceReport:
-        """A report of the newest `num_ids` output ids."""
-        seq = sequence.output_tokens - num_ids
-        return protocol.SequenceReport(
-            sequence.request_id,
-            sequence.epoch,
-            seq,
-            sequence.token_ids[sequence.prompt_tokens + seq :],
-            finish_reason,
-            prefill_tokens,
-            sequence.cached_tokens,
-            sequence.computed_tokens,
-        )
 
     def _end(
         self,
@@ -443,10 +334,6 @@ class Engine:
         prefill_tokens: int = 0,
     ) -> None:
         """Report the end, free the blocks, keep the ids for a while."""
-        self._reports.append(self._report(sequence, num_ids, finish_reason, prefill_tokens))
+        self._reports.append(report(sequence, num_ids, finish_reason, prefill_tokens))
         self._drop(sequence)
-        self._ended[sequence.key] = _Ended(
-            sequence.prompt_tokens, sequence.output_ids, finish_reason, sequence.cached_tokens
-        )
-        while len(self._ended) > self.config.finished_kept_max:
-            self._ended.popitem(last=False)
+        self._ended.add(sequence, finish_reason)

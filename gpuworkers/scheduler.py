@@ -75,7 +75,7 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     draft = _Draft()
     for sequence in state.decoding[:STEP_TOKENS_MAX]:
         draft.add(sequence, 1)
-    floor_s = model.p99_s(draft.features)  # a step of decodes only
+    floor_s = model.plan_s(draft.features)  # a step of decodes only
     online = state.decoding or state.prefilling
     itl_s = min((sequence.targets.itl_s for sequence in online), default=math.inf)
     # Where decodes alone take longer than the target no plan can meet it; prefill then gets as
@@ -91,7 +91,7 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
 
     is_idle = not state.decoding and not state.prefilling
     if is_idle:
-        one_row_s = model.p99_s(StepFeatures(rows=1))
+        one_row_s = model.plan_s(StepFeatures(rows=1))
         batch_target_s = max(policy.tau_idle_s, 2 * one_row_s)
     else:
         batch_target_s = min(slack_s, policy.kappa * itl_s)
@@ -146,7 +146,7 @@ def _add_batch(
     rows_max = min(policy.batch_rows_max, draft.tokens_left)
     for num_rows, sequence in enumerate(state.batch_decoding[:rows_max]):
         grown = draft.features.with_tokens(sequence.computed_tokens, 1)
-        if model.p99_s(grown) > target_s and not (must_progress and num_rows == 0):
+        if model.plan_s(grown) > target_s and not (must_progress and num_rows == 0):
             break
         draft.add(sequence, 1)
     if state.batch_prefilling:
@@ -169,7 +169,7 @@ def chunk_tokens(
         return 0
 
     def fits(count: int) -> bool:
-        return model.p99_s(features.with_tokens(start, count)) <= target_s
+        return model.plan_s(features.with_tokens(start, count)) <= target_s
 
     if most == sequence.pending_tokens and fits(most):
         return most

@@ -85,16 +85,21 @@ def test_a_transfer_in_progress_is_not_preempted():
     assert len(bench.output("b")) == 7  # its KV came from a peer; what it lost is computed here
 
 
-def test_batch_rows_take_turns():
-    bench = small(num_blocks=64, rows_max=8)
-    for index in range(8):
-        bench.assign(f"b{index}", 20, 6, targets=BATCH)
-    bench.assign("online", 20, 60)
-    bench.run_dry()
-    ends = [r.request_id for r in bench.reports if r.finish_reason and r.request_id != "online"]
-    assert sorted(ends) == [f"b{index}" for index in range(8)]
-    counts = {name: len(bench.output(name)) for name in ends}
-    assert set(counts.values()) == {6}
+def test_batch_rows_take_turns_where_a_step_has_no_room_for_all():
+    bench = EngineBench(step=protocol.StepModel(0.010, 0.010, 0.0))
+    for index in range(6):
+        bench.assign(f"b{index}", 4, 30, targets=BATCH)
+    while not all(bench.output(f"b{index}") for index in range(6)):
+        bench.step()
+    before = [len(bench.output(f"b{index}")) for index in range(6)]
+    bench.assign("online", 4, 24, ignore_eos=True)
+    rows = []
+    while not bench.finish_reasons("online"):
+        bench.step()
+        rows.append(sum(row.sequence.is_batch for row in bench.runner.plans[-1].rows))
+    assert 0 < max(rows) < 6
+    gained = [len(bench.output(f"b{index}")) - before[index] for index in range(6)]
+    assert max(gained) - min(gained) <= 1 and min(gained) > 1, gained
 
 
 def test_no_more_batch_sequences_run_than_the_policy_allows():

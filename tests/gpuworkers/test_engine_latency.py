@@ -7,6 +7,7 @@ import pytest
 from controlplane.latency import (
     CONTEXT_TILE,
     MARGIN_AT_START,
+    PLAN_MARGIN_MAX,
     SCORES_MAX,
     LatencyModel,
     StepFeatures,
@@ -77,6 +78,16 @@ def test_until_enough_was_seen_the_margin_is_the_one_at_start():
     assert model.p99_s(features) == pytest.approx(MARGIN_AT_START * model.predict_s(features))
     model.observe(features, model.predict_s(features))
     assert model.p99_s(features) == pytest.approx(model.predict_s(features))
+
+
+def test_plans_allow_for_noise_but_not_for_stalls_from_outside():
+    model = LatencyModel(COEFFICIENTS)
+    features = StepFeatures(1, 10)
+    for index in range(200):
+        stall = 5.0 if index % 20 == 0 else 1.0
+        model.observe(features, stall * step_s(COEFFICIENTS, features))
+    assert model.p99_s(features) > 3 * model.predict_s(features)
+    assert model.plan_s(features) == pytest.approx(PLAN_MARGIN_MAX * model.predict_s(features))
 
 
 @pytest.mark.parametrize("bad", [StepModel(0.0, 1.0, 1.0), StepModel(1.0, -1.0, 1.0)])

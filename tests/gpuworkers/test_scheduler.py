@@ -66,8 +66,8 @@ def test_a_long_prompt_gets_a_chunk_that_keeps_the_step_within_the_target():
     assert chunk.count % scheduler.CHUNK_TOKENS_MIN == 0 and not chunk.samples
     model = LatencyModel(MODEL)
     one = StepFeatures().with_tokens(50, 1)
-    assert model.p99_s(one.with_tokens(16, chunk.count)) <= 0.1
-    assert model.p99_s(one.with_tokens(16, chunk.count + 16)) > 0.1
+    assert model.plan_s(one.with_tokens(16, chunk.count)) <= 0.1
+    assert model.plan_s(one.with_tokens(16, chunk.count + 16)) > 0.1
 
 
 def test_with_nobody_decoding_a_step_may_take_a_quarter_of_the_ttft_target():
@@ -103,7 +103,7 @@ def test_batch_fills_only_kappa_of_the_target():
     result = planned(SchedulerState((decode("d"),), batch_decoding=batch), Policy(kappa=0.5))
     rows_batch = len(result.rows) - 1
     assert 0 < rows_batch < 64 and result.batch_target_s == pytest.approx(0.05)
-    assert LatencyModel(MODEL).p99_s(result.features) <= 0.05
+    assert LatencyModel(MODEL).plan_s(result.features) <= 0.05
     assert [row.sequence for row in result.rows[1:]] == list(batch[:rows_batch])
 
 
@@ -199,11 +199,11 @@ def test_a_plan_keeps_its_targets_and_serves_every_decode(state, policy):
         online = online.with_tokens(row.start, row.count)
     is_more_than_decodes = result.num_online > max(1, len(state.decoding))
     if is_more_than_decodes:
-        assert model.p99_s(online) <= result.online_target_s
+        assert model.plan_s(online) <= result.online_target_s
     if len(result.rows) > max(1, result.num_online):
         first_batch = result.rows[result.num_online]
-        alone = model.p99_s(StepFeatures().with_tokens(first_batch.start, first_batch.count))
-        assert model.p99_s(result.features) <= max(result.batch_target_s, alone)
+        alone = model.plan_s(StepFeatures().with_tokens(first_batch.start, first_batch.count))
+        assert model.plan_s(result.features) <= max(result.batch_target_s, alone)
     has_any = any(getattr(state, f.name) for f in dataclasses.fields(state))
     has_online = bool(state.decoding or state.prefilling)
     assert bool(result.rows) == has_any or has_online
@@ -227,7 +227,7 @@ def test_a_chunk_is_as_long_as_brute_force_finds(start, pending, rows, target_s)
     going = sequence("p", start + pending, start)
     most = min(pending, scheduler.CHUNK_TOKENS_MAX, scheduler.STEP_TOKENS_MAX - rows)
     candidates = [n for n in range(1, most + 1) if n % 16 == 0 or n == pending]
-    fitting = [n for n in candidates if model.p99_s(features.with_tokens(start, n)) <= target_s]
+    fitting = [n for n in candidates if model.plan_s(features.with_tokens(start, n)) <= target_s]
     assert scheduler.chunk_tokens(target_s, features, going, model) == max(fitting, default=0)
 
 
