@@ -34,6 +34,7 @@ demo-info:  ## addresses, login and key of the demo
 	  $(VENV)/python -u manage.py demo_info
 
 test: setup  ## the suite, at most 10 minutes on 2 cores
+	$(VENV)/python -u -m gpuworkers.convert
 	$(VENV)/python -m pytest -n 2 --dist loadfile -m "not (serial or gpu or $(REST))"
 	$(VENV)/python -m pytest -m "serial and not (gpu or $(REST))"
 

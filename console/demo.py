@@ -142,9 +142,9 @@ class Demo:
                 return
             for line in (*banner(self._login), self._timer.line()):
                 say(line)
-            await self._scale_classes(state, client)
+            measured = await self._scale_classes(state, client)
         if self.options.has_load:
-            self._start_load()
+            self._start_load(demomeasure.load_rate(measured))
         say("demo: running; Ctrl-C ends it")
         await self._watch(state)
         await asyncio.to_thread(self._end_load)
@@ -183,13 +183,15 @@ class Demo:
             await asyncio.sleep(0.1)
         return True
 
-    async def _scale_classes(self, state: ServerState, client: httpx.AsyncClient) -> None:
+    async def _scale_classes(
+        self, state: ServerState, client: httpx.AsyncClient
+    ) -> demomeasure.Measured | None:
         say(f"demo: measuring for {demomeasure.CALIBRATION_S:.0f} s what this device can promise")
         tokenizer = FolderTokenizer(self.model_folder)
         measured = await demomeasure.measure(client, Prompts(tokenizer))
         if measured is None:
             say("demo: nothing could be measured; the shipped classes stay")
-            return
+            return None
         scale = database_sync_to_async(demoseed.scale_classes)
         await scale(measured.ttft_s, measured.itl_s)
         await asyncio.to_thread(state.snapshot.refresh)
@@ -197,15 +199,18 @@ class Demo:
             f"demo: {measured}; targets scaled for this device:"
             f" TTFT {1000 * measured.ttft_s:.0f} ms, ITL {1000 * measured.itl_s:.0f} ms"
         )
+        return measured
 
-    def _start_load(self) -> None:
+    def _start_load(self, rate_per_s: float) -> None:
+        say(f"demo: load of {rate_per_s:.2f} chats/s and a batch job")
         log = logs() / "load.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as errors:
             self._load = subprocess.Popen(
                 [
                     *(sys.executable, "-u", str(settings.BASE_DIR / "manage.py"), "demo_load"),
-                    *("--nice", str(LOAD_NICE), "--exit-with-parent", str(os.getpid())),
+                    *("--rate", f"{rate_per_s:.3f}", "--nice", str(LOAD_NICE)),
+                    *("--exit-with-parent", str(os.getpid())),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -239,7 +244,12 @@ class Demo:
             output, _ = load.communicate(timeout=LOAD_END_S_MAX)
         except subprocess.TimeoutExpired:
             load.kill()
-            output, _ = load.communicate()
+            load.communicate()
+            self.failure = (
+                f"answers were still running {LOAD_END_S_MAX:.0f} s after the load had stopped: this"
+                " machine has other work; try again when it is idle"
+            )
+            return
         if load.returncode != 0 or not output.strip():
             self.failure = self.failure or f"the load failed: look into {logs()}/load.log"
             return

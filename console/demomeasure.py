@@ -9,7 +9,7 @@ import httpx
 
 from console import demoseed
 from console.democlient import Answer, stream_chat
-from console.demoload import Prompts, chat_body
+from console.demoload import LONG_SHARE, LONG_TOKENS, Prompts, chat_body
 
 CALIBRATION_S = 5.0
 PROMPT_TOKENS = 256
@@ -19,6 +19,8 @@ OUTPUT_TOKENS = 24
 # prefill, and the unloaded step of four rows.
 TTFT_FACTOR = 4.0
 ITL_FACTOR = 3.0
+RATE_PER_S = 0.85  # where the device keeps up
+PREFILL_BUSY_MAX = 0.6  # of the prefill worker's time, so that queues stay short
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +73,11 @@ async def measure(client: httpx.AsyncClient, prompts: Prompts) -> Measured | Non
     if not gaps_s or any(answer.error for answer in streams):
         return None
     return Measured(statistics.median(prefills_s), statistics.median(gaps_s))
+
+
+def load_rate(measured: Measured | None) -> float:
+    """Chats per second that leave the prefill worker some air: long prompts are its work."""
+    if measured is None:
+        return RATE_PER_S
+    long_prefill_s = measured.prefill_s * (sum(LONG_TOKENS) / 2) / PROMPT_TOKENS
+    return min(RATE_PER_S, PREFILL_BUSY_MAX / (LONG_SHARE * long_prefill_s))

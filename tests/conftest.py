@@ -22,7 +22,7 @@ class SuiteGate:
     def is_whole_suite(self) -> bool:
         """A run of chosen files or of names counts nothing."""
         return self.config.args in (["tests"], [str(MINIMUM_FILE.parent)]) and not (
-            self.config.getoption("keyword") or self.config.getoption("lf")
+            self.config.getoption("keyword") or self.config.getoption("lf", False)
         )
 
     @pytest.hookimpl(tryfirst=True)

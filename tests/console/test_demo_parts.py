@@ -13,7 +13,7 @@ from django.contrib.auth import authenticate
 from django.core.management.base import CommandError
 from django.utils import timezone
 
-from console import demo, demochecks, demoload, demoreport, demoseed, demostart
+from console import demo, demochecks, demoload, demomeasure, demoreport, demoseed, demostart
 from console.auth import verify
 from console.batchfiles import Line, parse_line
 from console.democlient import Answer, Reader
@@ -186,6 +186,13 @@ def test_texts_are_cut_between_characters():
     text = Prompts(ByteTokenizer()).text(300, random.Random(1))
     assert len(text.encode()) == 300
     assert text.rsplit("\n", 1)[1] in demoload.QUESTIONS
+
+
+def test_a_slow_device_gets_a_slower_load():
+    fast, slow = demomeasure.Measured(0.2, 0.02), demomeasure.Measured(2.0, 0.2)
+    assert demomeasure.load_rate(fast) == demomeasure.load_rate(None) == demomeasure.RATE_PER_S
+    assert demomeasure.load_rate(slow) == pytest.approx(0.6 / (0.5 * 2.0 * 428 / 256))
+    assert (slow.ttft_s, slow.itl_s) == (8.0, pytest.approx(0.6))
 
 
 # --- client --------------------------------------------------------------------------------------
