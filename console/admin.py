@@ -5,7 +5,7 @@ from typing import Any
 from django.contrib import admin, messages
 from django.http import HttpRequest
 
-from console.auth import OPERATOR_PREFIX, mint_key
+from console.auth import OPERATOR_PREFIX, TENANT_PREFIX, mint_key
 from console.models import (
     ApiKey,
     ApiToken,
@@ -64,12 +64,11 @@ class TenantAdmin(admin.ModelAdmin):
 class CredentialAdmin(admin.ModelAdmin):
     """Keys and tokens: made here with the secret shown once, afterwards only switched off."""
 
-    prefix = ""
+    prefix = TENANT_PREFIX
+    owner = "tenant"
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return [*([self.owner] if obj else []), "public_id", "last4"]
-
-    owner = ""
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         if change:
@@ -88,8 +87,6 @@ class CredentialAdmin(admin.ModelAdmin):
 
 @admin.register(ApiKey)
 class ApiKeyAdmin(CredentialAdmin):
-    prefix = "sk-sw"
-    owner = "tenant"
     list_display = ["__str__", "tenant", "name", "is_active", "expires_at", "created_at"]
     list_filter = ["is_active", "tenant"]
     list_select_related = ["tenant"]

@@ -17,11 +17,13 @@ from console.apierrors import ApiError
 from console.batchresults import stored_path, write_whole
 from console.caps import load_json, quote
 from console.models import Batch, BatchLine, File, Tenant
+from console.models.files import BATCH_ENDED
 
 FILE_BYTES_MAX = 200 * 1000 * 1000
 LINE_BYTES_MAX = 1 << 20
 LINES_MAX = 50_000
 CUSTOM_ID_CHARS_MAX = 64
+OPEN_BATCHES_MAX = 64  # of one tenant; together they bound the rows that wait
 ERRORS_MAX = 100  # mistakes listed for one file
 INSERT_ROWS = 500
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -77,6 +79,9 @@ def submit(
 ) -> Batch | Invalid:
     """Keep a copy of the file, check the copy and store its lines, all or nothing."""
     assert window in WINDOWS, window
+    if tenant.batches.exclude(status__in=BATCH_ENDED).count() >= OPEN_BATCHES_MAX:
+        message = f"{tenant.slug} has {OPEN_BATCHES_MAX} open batches already"
+        return Invalid((LineError("too_many_batches", message),))
     file_id = f"file-{secrets.token_hex(12)}"
     stored = stored_path(tenant.slug, file_id)
     try:

@@ -12,10 +12,18 @@ from typing import Any
 
 from console import env as env_reader
 from console import secrets
+from controlplane.errors import ConfigError
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 ENV = env_reader.read(os.environ, BASE_DIR)
 IS_PUBLIC = ENV.profile == "public"
+
+SLACKWATER_VAR = ENV.var
+STATIC_ROOT = ENV.var / "static"
+try:
+    STATIC_ROOT.mkdir(parents=True, exist_ok=True)  # WhiteNoise warns when it is absent
+except OSError as error:
+    raise ConfigError(f"SLACKWATER_VAR={ENV.var}: cannot be written ({error.strerror})") from None
 
 if ENV.secret_key is None or ENV.pepper is None:
     _generated = secrets.load_or_create(ENV.var / "secrets.json")
@@ -25,8 +33,6 @@ else:
     SECRET_KEY = ENV.secret_key
     _pepper = ENV.pepper
 
-SLACKWATER_VAR = ENV.var
-SLACKWATER_VAR.mkdir(parents=True, exist_ok=True)
 SLACKWATER_PROFILE = ENV.profile
 SLACKWATER_PEPPER = _pepper.encode()  # HMAC key of the stored API keys
 SLACKWATER_PLANE_SECRET = secrets.derive(SECRET_KEY, "plane")  # resume secrets, capabilities, salts
@@ -130,8 +136,6 @@ CHANNEL_LAYERS: dict[str, Any] = {
 }
 
 STATIC_URL = "/static/"
-STATIC_ROOT = ENV.var / "static"
-STATIC_ROOT.mkdir(parents=True, exist_ok=True)  # WhiteNoise warns when it is absent
 STATICFILES_FINDERS = [
     "django.contrib.staticfiles.finders.AppDirectoriesFinder",
     "console.staticfinder.PlotlyFinder",

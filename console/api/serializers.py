@@ -36,9 +36,6 @@ class MillisecondsField(serializers.FloatField):
     def to_representation(self, value: float) -> float:
         return round(value * MS_PER_S, 6)
 
-    def to_internal_value(self, data: Any) -> float:
-        return super().to_internal_value(data)
-
     def run_validation(self, data: Any = serializers.empty) -> Any:
         value = super().run_validation(data)
         return value / MS_PER_S if isinstance(value, float) else value

@@ -3,6 +3,7 @@
 from typing import Any
 
 from django.contrib.admin.models import ADDITION, CHANGE, DELETION, LogEntry
+from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework import mixins, viewsets
 from rest_framework.pagination import PageNumberPagination
@@ -18,6 +19,16 @@ from console.api.serializers import (
     TenantSerializer,
 )
 from console.models import ApiKey, Model, Quota, SLOClassRow, Tenant
+
+
+class OperatorTokenScheme(OpenApiAuthenticationExtension):
+    """How operators authenticate, for the schema; registered by being defined."""
+
+    target_class = "console.auth.OperatorTokenAuthentication"
+    name = "operatorToken"
+
+    def get_security_definition(self, auto_schema: Any) -> dict[str, str]:
+        return {"type": "http", "scheme": "bearer"}
 
 
 class Pages(PageNumberPagination):

@@ -163,6 +163,21 @@ def test_a_file_of_too_many_bytes_is_refused_before_it_is_read(
     assert codes(outcome) == [("file_too_large", None)]
 
 
+@pytest.mark.django_db
+def test_a_tenant_has_at_most_so_many_open_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batchfiles, "OPEN_BATCHES_MAX", 2)
+    tenant = rows.make_tenant()
+    first = rows.make_batch(tenant, tmp_path)
+    rows.make_batch(tenant, tmp_path)
+    path = tmp_path / "in.jsonl"
+    outcome = batchfiles.submit(tenant, path, "24h", timezone.now(), KNOWN)
+    assert codes(outcome) == [("too_many_batches", None)]
+    Batch.move(first.pk, ("in_progress",), "cancelled")
+    rows.make_batch(tenant, tmp_path)
+
+
 def test_a_whole_file_replaces_another(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out"
     assert write_whole(path, [b"one", b"two"]) == 6

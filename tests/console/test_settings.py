@@ -171,6 +171,13 @@ def test_a_wrong_setting_ends_any_command_with_one_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_var_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = manage("check", SLACKWATER_VAR=str(tmp_path / "file" / "var"))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: SLACKWATER_VAR={tmp_path}/file/var: cannot be written")
+
+
 def test_pages_carry_a_strict_policy_and_a_request_id(client: Client) -> None:
     response = client.get("/admin/login/", headers={"host": "localhost", "x-request-id": "r-1"})
     assert response.headers["Content-Security-Policy"] == POLICY
