@@ -246,8 +246,8 @@ class Demo:
             load.kill()
             load.communicate()
             self.failure = (
-                f"answers were still running {LOAD_END_S_MAX:.0f} s after the load had stopped: this"
-                " machine has other work; try again when it is idle"
+                f"answers still ran {LOAD_END_S_MAX:.0f} s after the load had stopped: this machine"
+                " has other work; try again when it is idle"
             )
             return
         if load.returncode != 0 or not output.strip():

@@ -103,6 +103,7 @@ def test_without_a_wish_the_first_free_port_from_8000_on_is_taken():
     chosen = demochecks.choose_port(None)
     assert demochecks.PORT_FIRST <= chosen <= demochecks.PORT_LAST
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", chosen))
         taken.listen()
         assert demochecks.choose_port(None) != chosen
