@@ -6,7 +6,6 @@ channel layer, loopback hosts only.
 
 import os
 import secrets as random_secrets
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +115,7 @@ def _database() -> dict[str, Any]:
                 "PRAGMA mmap_size=134217728;PRAGMA journal_size_limit=67108864;"
             ),
         },
-        "TEST": {
-            "NAME": Path(tempfile.gettempdir())
-            / f"slackwater-test-{os.getpid()}-{random_secrets.token_hex(4)}.sqlite3"
-        },
+        "TEST": {"NAME": ENV.var / f"test-{os.getpid()}-{random_secrets.token_hex(4)}.sqlite3"},
     }
 
 
