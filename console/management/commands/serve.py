@@ -36,6 +36,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.errors import ConfigError
 from controlplane.plane import ControlPlane
 
+PORT_DEFAULT = 8000
 MODELLED_MODEL_ID = "modelled-8b"
 MODELLED_PROFILE = "cpu-fast"
 MODELLED_MODEL_LEN = 32_768
@@ -59,7 +60,7 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         add = parser.add_argument
         add("--bind", default="127.0.0.1", help="address to listen on")
-        add("--port", type=int, default=8000, help="0 takes a free one")
+        add("--port", type=int, default=None, help=f"default {PORT_DEFAULT}; 0 takes a free one")
         add("--workers", default="", help="started here, e.g. prefill=1,decode=1")
         add("--engine", choices=("native", "fake"), default="native")
         add("--model", default="", metavar="DIR", help="model folder of native workers")
@@ -76,6 +77,8 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         sys.stdout.reconfigure(line_buffering=True)
         show = demo.prepare(options) if options["demo"] else None
+        if options["port"] is None:
+            options["port"] = PORT_DEFAULT
         check_port(options["bind"], options["port"])
         try:
             specs = worker_specs(options)
