@@ -1,7 +1,9 @@
 """Measures this machine at start: which dtype is faster, and the coefficients of the step model."""
 
 import os
+import platform
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,3 +62,11 @@ def fit_step_model(observed: list[tuple[StepFeatures, float]]) -> StepModel:
 def memory_bytes() -> int:
     """Physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor_name() -> str:
+    """The processor as Linux names it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

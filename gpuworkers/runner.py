@@ -4,7 +4,6 @@
 by probing this machine, and measures the step model that the scheduler plans with.
 """
 
-import platform
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from controlplane import protocol
 from controlplane.errors import ConfigError
 from controlplane.latency import LatencyModel, StepFeatures
-from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes
+from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes, processor_name
 from gpuworkers.engine import RunResult
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.llama import Llama, load_llama
@@ -122,8 +121,9 @@ def load(
 
 def device_facts(dtype_name: str) -> protocol.DeviceFacts:
     """This machine's processor; num_sms counts the threads that torch uses."""
-    name = platform.processor() or platform.machine()
-    return protocol.DeviceFacts("cpu", name, memory_bytes(), torch.get_num_threads(), dtype_name)
+    return protocol.DeviceFacts(
+        "cpu", processor_name(), memory_bytes(), torch.get_num_threads(), dtype_name
+    )
 
 
 def calibrate(runner: TorchRunner) -> protocol.StepModel:

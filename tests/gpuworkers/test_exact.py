@@ -8,6 +8,7 @@ from gpuworkers.runner import TorchRunner, load
 from gpuworkers.scheduler import PlanRow
 from gpuworkers.sequence import Sequence, from_assign
 from tests.gpuworkers.enginekit import BATCH, EngineBench, assign
+from tests.gpuworkers.realmodel import real_model_folder
 from tests.gpuworkers.tinyllama import bench_of, write_tiny
 
 LENGTH_MAX = 150
@@ -84,6 +85,33 @@ def test_logits_are_bitwise_equal_beside_chunks_and_decodes_of_others(runner):
     logits(runner, [(others[0], 100, 7), (mine, 0, 50), (others[1], 100, 1)])
     mixed = logits(runner, [(others[2], 100, 1), (mine, 50, 40), (others[3], 100, 20)])
     assert torch.equal(mixed[1:2], whole)
+
+
+def test_bfloat16_logits_are_bitwise_equal_too(folder):
+    runner, *_ = load(folder, "tiny", dtype="bf16", kv_tokens=5 * 160)
+    sequences = [sequence(i, n) for i, n in enumerate((1, 38, 75, 112, 149))]
+    alone = torch.cat([logits(runner, [(s, 0, len(s.token_ids))]) for s in sequences])
+    together = logits(runner, [(s, 0, len(s.token_ids)) for s in sequences])
+    decoded = logits(runner, [(s, len(s.token_ids) - 1, 1) for s in sequences])
+    assert torch.equal(together, alone) and torch.equal(decoded, alone)
+
+
+@pytest.mark.slow
+def test_the_real_models_logits_are_bitwise_equal_across_batch_sizes_and_chunkings():
+    runner, *_ = load(real_model_folder(), "real", dtype="fp32", kv_tokens=34 * 160)
+    sequences = [sequence(i, 1 + (7 * i) % 70) for i in range(33)]
+    alone = torch.cat([logits(runner, [(s, 0, len(s.token_ids))]) for s in sequences])
+    for size in range(1, 34):
+        rows = [(s, len(s.token_ids) - 1, 1) for s in sequences[:size]]
+        assert torch.equal(logits(runner, rows), alone[:size]), size
+    assert torch.equal(logits(runner, [(s, 0, len(s.token_ids)) for s in sequences]), alone)
+    whole = sequence(33, 70)
+    expected = logits(runner, [(whole, 0, 70)])
+    for cuts in ((1, 17, 64, 65), (40,), (66, 67)):
+        chunked = sequence(33, 70, slot=32)
+        for start, end in zip((0, *cuts), (*cuts, 70), strict=True):
+            last = logits(runner, [(chunked, start, end - start)])
+        assert torch.equal(last, expected), cuts
 
 
 def run(bench: EngineBench, *names_and_prompts, output: int = 24, **kwargs) -> dict[str, list[int]]:

@@ -30,7 +30,7 @@ def test_load_tells_the_facts_of_model_and_device(folder):
     assert model.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert model.weights_sha256 == WeightFiles(folder).sha256()
     assert (device.kind, device.dtype, device.num_sms) == ("cpu", "fp32", 1)
-    assert device.memory_bytes > 1 << 28
+    assert device.memory_bytes > 1 << 28 and device.name
     assert runner.kv.num_blocks == 25 and runner.eos_token_ids == {2}
     coefficients = latency.coefficients()
     assert coefficients.base_s > 0 and coefficients.per_token_s >= 0
