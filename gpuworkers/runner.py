@@ -20,13 +20,15 @@ from gpuworkers.models.llama import Llama, load_llama
 from gpuworkers.sampler import forbid_early_ends, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import Sequence
-from gpuworkers.weights import WeightFiles, read_config
+from gpuworkers.weights import LlamaConfig, WeightFiles, read_config
 from kernels.ops import Ops, SequenceTokens
 from kernels.torchops import backend, linear
 
 BLOCK_TOKENS = 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUMERICS = ("exact", "fast")
+KV_TOKENS_DEFAULT = 16384  # where memory allows it
+KV_MEMORY_SHARE = 1 / 16  # of physical memory, for the default
 KV_TOKENS_DEFAULT = 16_384
 # (sequences, tokens before, tokens to compute): what calibration runs
 CALIBRATION_STEPS = ((1, 64, 1), (4, 64, 1), (4, 256, 1), (16, 64, 1), (1, 0, 64), (1, 0, 192))
@@ -86,6 +88,7 @@ def load(
 ) -> tuple[TorchRunner, protocol.ModelFacts, protocol.DeviceFacts, LatencyModel]:
     """A runner for the model folder, and the facts that a worker tells about itself.
 
+    kv_tokens 0 takes KV_TOKENS_DEFAULT, or less on a machine with little memory.
     kv_tokens 0 takes KV_TOKENS_DEFAULT.
     Raises ConfigError for an impossible option and ModelError for an unusable folder."""
     if dtype not in ("auto", *DTYPES):
@@ -109,6 +112,7 @@ def load(
         model = load_llama(config, files, chosen, ops)
         if numerics == "exact":
             ops = backend.exact(ops, model.packed_shapes(), chosen, model.heads)
+        num_blocks = (kv_tokens or _default_kv_tokens(config, chosen)) // BLOCK_TOKENS
         kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, chosen)
     runner = TorchRunner(model, ops, kv)
     max_model_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
@@ -117,6 +121,13 @@ def load(
         model_id, files.sha256(), max_model_len, config.vocab_size, bytes_per_token
     )
     return runner, facts, device_facts(kv.dtype_name), LatencyModel(calibrate(runner))
+
+
+def _default_kv_tokens(config: LlamaConfig, dtype: torch.dtype) -> int:
+    heads = config.num_layers * config.num_kv_heads
+    token_bytes = 2 * heads * config.head_dim * dtype.itemsize
+    affordable = int(memory_bytes() * KV_MEMORY_SHARE) // token_bytes
+    return max(BLOCK_TOKENS, min(KV_TOKENS_DEFAULT, affordable))
 
 
 def device_facts(dtype_name: str) -> protocol.DeviceFacts:

@@ -36,6 +36,14 @@ def test_load_tells_the_facts_of_model_and_device(folder):
     assert coefficients.base_s > 0 and coefficients.per_token_s >= 0
 
 
+def test_kv_room_by_default_depends_on_memory(folder, monkeypatch):
+    runner, *_ = load(folder, "tiny", dtype="fp32")
+    assert runner.kv.num_blocks == 1024
+    monkeypatch.setattr("gpuworkers.runner.memory_bytes", lambda: 16 * 512 * 160)
+    runner, model, *_ = load(folder, "tiny", dtype="fp32")
+    assert (runner.kv.num_blocks, model.max_model_len) == (10, 160)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
