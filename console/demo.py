@@ -47,6 +47,7 @@ LOAD_NICE = 5
 QUESTION = "What is the capital of France?"
 WORKERS_WAIT_S_MAX = 120.0
 STATUS_S = 10.0
+WATCH_S = 0.2
 LOAD_END_S_MAX = 60.0
 PARENT_POLL_S = 1.0
 
@@ -222,17 +223,19 @@ class Demo:
     # --- while it runs ------------------------------------------------------------------------
 
     async def _watch(self, state: ServerState) -> None:
-        started_at_s = time.monotonic()
-        while True:
-            passed_s = time.monotonic() - started_at_s
-            left_s = (self.options.seconds or SECONDS_MAX) - passed_s
-            if left_s <= 0:
+        """Until the time is over, the load ends by itself, or the server drains."""
+        started_at_s = said_at_s = time.monotonic()
+        while not state.draining:
+            now_s = time.monotonic()
+            if now_s - started_at_s >= (self.options.seconds or SECONDS_MAX):
                 return
-            await asyncio.sleep(min(left_s, STATUS_S))
             if self._load is not None and self._load.poll() is not None:
                 self.failure = f"the load ended by itself: look into {logs()}/load.log"
                 return
-            say(status_line(state, time.monotonic() - started_at_s))
+            if now_s - said_at_s >= STATUS_S:
+                said_at_s = now_s
+                say(status_line(state, now_s - started_at_s))
+            await asyncio.sleep(WATCH_S)
 
     def _end_load(self) -> None:
         """Tells the load to send nothing more and waits for the answers that are still running."""
@@ -250,6 +253,8 @@ class Demo:
                 " has other work; try again when it is idle"
             )
             return
+        if load.returncode == -signal.SIGTERM:
+            return  # it was told before it had begun
         if load.returncode != 0 or not output.strip():
             self.failure = self.failure or f"the load failed: look into {logs()}/load.log"
             return
