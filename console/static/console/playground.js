@@ -1,6 +1,7 @@
 // Playground: calls /v1 with a tenant's key, streams the answer and measures it. The session cookie
 // is never sent there, and model output reaches the page as textContent only.
 import * as format from "./format.js";
+import { quantile, split } from "./stream.js";
 
 const GAPS_SHOWN = 60;
 const byId = (id) => document.getElementById(id);
@@ -8,22 +9,6 @@ const form = byId("play");
 const field = (id) => byId(id).value;
 let turns = []; // {role, content}
 let abort = null;
-
-// --- pure ---------------------------------------------------------------------------------------
-// Whole events of a server-sent stream: [[data, …], rest].
-export function split(buffer) {
-  const parts = buffer.replaceAll("\r\n", "\n").split("\n\n");
-  const rest = parts.pop();
-  const data = parts.map((part) => part.split("\n").filter((line) => line.startsWith("data:"))
-    .map((line) => line.slice(5).trimStart()).join("\n")).filter((text) => text !== "");
-  return [data, rest];
-}
-
-export function quantile(values, q) {
-  if (!values.length) return null;
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.ceil(q * sorted.length) - 1)];
-}
 
 // --- request ------------------------------------------------------------------------------------
 function body(messages) {
