@@ -42,7 +42,6 @@ class RequestFact:
     handoff_recomputed_tokens: int
     predicted_ttft_ms: float | None
     decision: list[dict[str, Any]] = field(default_factory=list)  # decision records, oldest first
-    cost_usd: float | None = None
     is_demo_history: bool = False
 
 

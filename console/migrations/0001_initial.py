@@ -166,7 +166,6 @@ class Migration(migrations.Migration):
                 ('handoff_recomputed_tokens', models.PositiveIntegerField(default=0)),
                 ('predicted_ttft_ms', models.FloatField(null=True)),
                 ('decision', models.JSONField(default=list)),
-                ('cost_usd', models.FloatField(null=True)),
                 ('is_demo_history', models.BooleanField(default=False)),
             ],
             options={

@@ -36,7 +36,6 @@ class RequestRecord(models.Model):
     handoff_recomputed_tokens = models.PositiveIntegerField(default=0)
     predicted_ttft_ms = models.FloatField(null=True)
     decision = models.JSONField(default=list)  # decision records, oldest first
-    cost_usd = models.FloatField(null=True)
     is_demo_history = models.BooleanField(default=False)
 
     class Meta:

@@ -27,7 +27,7 @@ EXPORT_FIELDS = (
     *("request_id", "tenant_id", "class_name", "model_id", "endpoint", "status", "finish_reason"),
     *("error_code", "arrived_at", "queue_ms", "ttft_ms", "itl_ms_mean", "itl_ms_p99", "e2e_ms"),
     *("prompt_tokens", "cached_tokens", "output_tokens", "split", "prefill_worker"),
-    *("decode_worker", "failovers", "cost_usd", "is_demo_history"),
+    *("decode_worker", "failovers", "is_demo_history"),
 )
 
 

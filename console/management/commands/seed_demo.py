@@ -26,7 +26,6 @@ CLASSES = (
     ("flex", "flex", 0.1, 1500.0, 60.0),
 )
 HANDOFF_PROMPT_TOKENS = 128
-GPU_USD_PER_TOKEN = 2.0e-6
 
 
 class Command(BaseCommand):
@@ -121,7 +120,6 @@ def _record(
         handoff_bytes=prompt_tokens * 23_040 if is_handoff else 0,
         handoff_ms=prompt_tokens * 0.05 if is_handoff else None,
         predicted_ttft_ms=ttft_ms * chance.uniform(0.8, 1.1),
-        cost_usd=(prompt_tokens + output_tokens) * GPU_USD_PER_TOKEN,
         is_demo_history=True,
     )
 
