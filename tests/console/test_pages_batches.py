@@ -19,7 +19,17 @@ def operator():
 
 
 def progress(batch):
-    return batches.progress(batches.with_counts().get(pk=batch.pk))
+    (row,) = batches.with_progress(Batch.objects.filter(pk=batch.pk))
+    return row
+
+
+def test_the_newest_batch_comes_first_whatever_its_number_of_lines():
+    now = timezone.now()
+    for index, statuses in enumerate(((), ("pending",), ("completed", "pending"))):
+        make_batch(statuses, created_at=now + timedelta(seconds=(index * 7) % 3))
+    rows = batches.with_progress(Batch.objects.all())
+    moments = [row["batch"].created_at for row in rows]
+    assert moments == sorted(moments, reverse=True) and len(moments) == 3
 
 
 def test_without_a_batch_the_page_gives_the_command(operator):
@@ -53,11 +63,6 @@ def test_an_ended_batch_says_how_long_it_took():
     row = progress(make_batch(("completed",), status="completed", ended_at=now))
     assert row["is_ended"] and row["elapsed_s"] == pytest.approx(60, abs=5)
     assert row["deadline_s"] is None
-
-
-def test_a_completed_batch_without_stored_lines_is_whole():
-    row = progress(make_batch((), num_lines=24, status="completed", is_demo_history=True))
-    assert (row["completed"], row["completed_ratio"]) == (24, 1.0)
 
 
 @pytest.mark.parametrize(("status", "polls"), [("in_progress", True), ("completed", False)])
