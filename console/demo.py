@@ -125,14 +125,17 @@ class Demo:
     def launch(self, state: ServerState, stop: Callable[[], None]) -> None:
         """The server listens: run beside it. `stop` is called when the demo ends by itself."""
         self._task = asyncio.get_running_loop().create_task(self._run(state))
-        self._task.add_done_callback(lambda task: self._ended(task, stop))
+        self._task.add_done_callback(lambda task: self._ended(task, state, stop))
 
-    def _ended(self, task: asyncio.Task[None], stop: Callable[[], None]) -> None:
+    def _ended(
+        self, task: asyncio.Task[None], state: ServerState, stop: Callable[[], None]
+    ) -> None:
         if task.cancelled():
             return
         if task.exception() is not None:
             self.failure = f"the demo broke ({task.exception()!r}): please report this line"
-        stop()
+        if not state.draining:  # a second call of `stop` would force
+            stop()
 
     async def _run(self, state: ServerState) -> None:
         assert self._login is not None, "run before seed"

@@ -66,6 +66,13 @@ def processes() -> list[Process]:
     return [Process(int(row[0]), int(row[1]), row[2]) for row in rows if len(row) == 3]
 
 
+def left_over(pids: set[int]) -> list[str]:
+    """Command lines of those processes that still run; a zombie has none of ours."""
+    return [
+        row.command for row in processes() if row.pid in pids and "<defunct>" not in row.command
+    ]
+
+
 def rss_bytes(pid: int) -> int:
     out = subprocess.run(
         ["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Server, processes, until
+from tests.e2e.harness import Server, left_over, until
 
 GONE_S = 5.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -23,13 +23,6 @@ def is_listening(port: int) -> bool:
 
 def shared_memory() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
-
-
-def left_over(pids: set[int]) -> list[str]:
-    """Command lines of those processes that still run; a zombie has none of ours."""
-    return [
-        row.command for row in processes() if row.pid in pids and "<defunct>" not in row.command
-    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from console.demoseed import state_path
-from tests.e2e.harness import ROOT, clean_environment, processes, until
+from tests.e2e.harness import ROOT, clean_environment, left_over, processes, until
 
 # A database of the shell that must not be touched: nothing listens there.
 FOREIGN = {
@@ -135,7 +135,7 @@ def test_the_demo_runs_counts_and_goes_on_where_it_ended(tmp_path, model_folder)
         family = second.family()
         second.process.send_signal(signal.SIGINT)
         assert second.process.wait(60) == 0
-        until(lambda: not family & {row.pid for row in processes()}, "processes to end", 5)
+        until(lambda: not left_over(family), "processes to end", 5)
     finally:
         second.end()
 
@@ -152,6 +152,6 @@ def test_a_demo_under_load_leaves_nothing_behind(tmp_path, model_folder, number)
         run.process.send_signal(number)
         status = run.process.wait(60)
         assert status == (0 if number != signal.SIGKILL else -signal.SIGKILL)
-        until(lambda: not family & {row.pid for row in processes()}, "processes to end", 5)
+        until(lambda: not left_over(family), "processes to end", 5)
     finally:
         run.end()
