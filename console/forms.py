@@ -69,6 +69,7 @@ class AddWorkerForm(forms.Form):
     name = forms.RegexField(
         label="Name",
         regex=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$",
+        initial="worker-1",
         error_messages={"invalid": "Lower-case letters, digits, '.', '_' and '-', at most 64."},
     )
     role = forms.ChoiceField(label="Role", choices=ROLES, initial="mixed")

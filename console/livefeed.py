@@ -5,6 +5,7 @@ charts. It starts with the first page that asks and belongs to one ServerState.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from typing import Any
@@ -20,6 +21,7 @@ ROWS_MAX = 200  # live requests on a page
 PHASES = ("queued", "prefill", "transfer", "decode")
 ALERTS_MAX = 8  # lines in the strip; the rest is counted
 
+logger = logging.getLogger(__name__)
 encoder = msgspec.json.Encoder()  # NaN becomes null
 
 
@@ -128,15 +130,25 @@ class LiveFeed:
         self._fresh = asyncio.Event()
         self.sample()
         self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._ended)
 
     @property
     def newest(self) -> dict[str, Any]:
         assert self._newest is not None, "sampled in __init__"
         return self._newest
 
-    async def after(self, seq: int) -> tuple[int, str]:
-        """Number and text of the newest frame that is later than `seq`; skips what was missed."""
+    @property
+    def is_over(self) -> bool:
+        """Stopped, or ended by an error that the log has."""
+        return self._task.done()
+
+    async def after(self, seq: int) -> tuple[int, str] | None:
+        """Number and text of the newest frame that is later than `seq`; skips what was missed.
+
+        None when there will be no later one."""
         while self.newest["seq"] <= seq:
+            if self.is_over:
+                return None
             await self._fresh.wait()
         return self.newest["seq"], self._text
 
@@ -162,6 +174,11 @@ class LiveFeed:
         self._fresh.set()
         self._fresh = asyncio.Event()
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("live feed ended", exc_info=task.exception())
+        self._fresh.set()
+
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(FRAME_PERIOD_S)
@@ -174,7 +191,7 @@ _feed: LiveFeed | None = None
 async def feed_of(current: state.ServerState) -> LiveFeed:
     """The feed of this server, started when it is first asked for."""
     global _feed
-    if _feed is None or _feed.current is not current:
+    if _feed is None or _feed.current is not current or _feed.is_over:
         if _feed is not None:
             _feed.stop()
         _feed = LiveFeed(current)

@@ -26,7 +26,7 @@ UNACKED_MAX = 3  # frames
 SOCKETS_MAX = 256  # open pages of one server process
 MESSAGE_BYTES_MAX = 256  # an acknowledgement is far smaller
 SESSION_CHECK_S = 30.0  # a page of someone who logged out goes quiet within this time
-CLOSE_POLICY, CLOSE_TRY_LATER = 1008, 1013
+CLOSE_POLICY, CLOSE_INTERNAL, CLOSE_TRY_LATER = 1008, 1011, 1013
 CLOSE_SIGNED_OUT = 4401  # the page does not try again
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -140,9 +140,12 @@ async def _write(
     seq = 0
     while not current.draining:
         await window.has_room.wait()
-        seq, text = await feed.after(seq)
+        newest = await feed.after(seq)
         if current.draining:
             break
+        if newest is None:
+            return CLOSE_INTERNAL
+        seq, text = newest
         if "requests" in topics:
             rows = livefeed.request_rows(current.fleet.view())
             html = await sync_to_async(render_to_string, thread_sensitive=False)(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 
 import pytest
@@ -195,3 +196,23 @@ async def test_a_frame_has_every_class_and_worker_of_the_server(feed):
     assert [row["name"] for row in frame["classes"]] == ["interactive", "standard", "flex", "batch"]
     assert [row["worker_id"] for row in frame["workers"]] == ["w1"]
     assert frame["charts"]["tokens"] == [0, 0] and frame["alerts"] == []
+
+
+async def test_a_feed_that_ended_lets_its_readers_go_and_is_replaced(feed):
+    waiting = asyncio.ensure_future(feed.after(feed.newest["seq"]))
+    await asyncio.sleep(0)
+    feed.stop()
+    assert await waiting is None and feed.is_over
+    again = await livefeed.feed_of(feed.current)
+    assert again is not feed and not again.is_over
+    again.stop()
+
+
+async def test_an_error_in_the_feed_is_logged_and_ends_it(feed, caplog, monkeypatch):
+    monkeypatch.setattr(livefeed, "FRAME_PERIOD_S", 0.0)
+    logging.getLogger("console").addHandler(caplog.handler)
+    broken = livefeed.LiveFeed(feed.current)
+    feed.current.live = None
+    assert await broken.after(broken.newest["seq"]) is None
+    logging.getLogger("console").removeHandler(caplog.handler)
+    assert "live feed ended" in caplog.text

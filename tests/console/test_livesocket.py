@@ -225,3 +225,10 @@ def test_a_session_counts_only_while_its_user_is_an_active_operator():
 )
 def test_topics_come_from_the_query_and_unknown_ones_are_left_out(query, topics):
     assert livesocket.topics_of({"query_string": query}) == topics
+
+
+async def test_a_feed_that_ended_closes_its_sockets_so_that_pages_come_again(page, server):
+    page.acknowledge((await page.frame())["seq"])
+    (await livefeed.feed_of(server)).stop()
+    assert await page.take() == {"type": "websocket.close", "code": 1011}
+    await page.task

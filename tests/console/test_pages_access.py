@@ -1,8 +1,10 @@
 """Who may see which page, under which policy, and what every page has."""
 
 import re
+from pathlib import Path
 
 import pytest
+from django.contrib.staticfiles import finders
 from django.test import Client
 from django.urls import reverse
 
@@ -127,3 +129,17 @@ def test_a_wrong_password_is_said_and_signs_nobody_in():
 def test_an_expired_login_sends_htmx_to_the_login_as_a_whole_page():
     response = Client(SERVER_NAME="localhost").get("/?part=tiles", headers={"hx-request": "true"})
     assert response["hx-redirect"].startswith("/admin/login/")
+
+
+def test_charts_send_no_data_to_the_vendor_and_their_module_stays_small():
+    path = finders.find("console/charts.js")
+    text = Path(path).read_text()
+    assert 'showSendToCloud: false, plotlyServerURL: ""' in text and "displaylogo: false" in text
+    assert len(text.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", ["charts", "format", "keys", "live", "playground", "stream"])
+def test_scripts_never_write_markup(name):
+    text = Path(finders.find(f"console/{name}.js")).read_text()
+    for writing in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert writing not in text
