@@ -146,12 +146,12 @@ def test_the_demo_runs_counts_and_goes_on_where_it_ended(tmp_path, model_folder)
 def test_a_demo_under_load_leaves_nothing_behind(tmp_path, model_folder, number):
     run = DemoRun(tmp_path, "--port", str(free_port()))
     try:
-        run.until_said("Ctrl-C ends it")
+        run.until_said("tokens/s")  # its first status line: the load is under way
         family = run.family()
         assert len(family) >= 4  # server, two workers, load
         run.process.send_signal(number)
         status = run.process.wait(60)
         assert status == (0 if number != signal.SIGKILL else -signal.SIGKILL)
-        until(lambda: not left_over(family), "processes to end", 5)
+        until(lambda: not left_over(family), f"{left_over(family)} to end", 5)
     finally:
         run.end()
