@@ -89,9 +89,13 @@ def choose(
             if threshold < TOKENS_NEVER
             else f"a transfer from {remote.worker_id} costs more than it saves"
         )
-    times = f"TTFT {remote.ttft_s:.2f} s by {remote.worker_id}, {local.ttft_s:.2f} s locally"
+    times = (
+        f"TTFT {remote.ttft_s * 1000.0:.0f} ms by {remote.worker_id},"
+        f" {local.ttft_s * 1000.0:.0f} ms locally"
+    )
     if remote.ttft_s > ttft_s_left and local.ttft_s < config.spill_share * remote.ttft_s:
         return False, (
-            f"{uncached_tokens} uncached tokens stay local: {times}, target {ttft_s_left:.2f} s"
+            f"{uncached_tokens} uncached tokens stay local: {times},"
+            f" target {ttft_s_left * 1000.0:.0f} ms"
         )
     return True, f"{uncached_tokens} uncached tokens reach the threshold of {threshold}: {times}"

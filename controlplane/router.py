@@ -179,8 +179,8 @@ def _settle(
     hold_s = max(config.hold_s_min, ask.request.slo.ttft_s_p99)
     if first.queue_s > hold_s and not ask.request.slo.is_batch:
         reason = (
-            f"{first.worker_id} has {first.queue_s:.2f} s of prompts before it, more than the"
-            f" {hold_s:.2f} s that may wait at a worker"
+            f"{first.worker_id} has {first.queue_s * 1000.0:.0f} ms of prompts before it, more than"
+            f" the {hold_s * 1000.0:.0f} ms that may wait at a worker"
         )
         return Route(None, reason, why, rows, uncached, threshold, first.queue_s)
     placement = Placement(
@@ -196,9 +196,10 @@ def _settle(
         else f"{decode.worker_id} computes and decodes"
     )
     reason = (
-        f"{where}: predicted TTFT {first.ttft_s:.2f} s (wait {first.queue_s:.2f}, prefill"
-        f" {first.prefill_s:.2f}, transfer {first.transfer_s:.2f}) against"
-        f" {ask.ttft_s_left:.2f} s left, step {decode.itl_s * 1000.0:.0f} ms"
+        f"{where}: predicted TTFT {first.ttft_s * 1000.0:.0f} ms (wait"
+        f" {first.queue_s * 1000.0:.0f}, prefill"
+        f" {first.prefill_s * 1000.0:.0f}, transfer {first.transfer_s * 1000.0:.0f}) against"
+        f" {ask.ttft_s_left * 1000.0:.0f} ms left, step {decode.itl_s * 1000.0:.0f} ms"
     )
     return Route(placement, reason, why, rows, uncached, threshold, first.queue_s)
 

@@ -104,7 +104,7 @@ def test_long_prompt_spills_to_the_decode_worker_when_prefill_is_far_behind():
     rig.send("w1", make_load(running_online=3, prefill_tokens_waiting=1400))
     record = of(domain.Decided, rig.submit(prompt_tokens=300))[0].record
     assert record.placement.split == "local"
-    assert "stay local" in record.split_reason and "target 4.00 s" in record.split_reason
+    assert "stay local" in record.split_reason and "target 4000 ms" in record.split_reason
 
 
 def test_cached_prefix_counts_as_computed():

@@ -18,7 +18,7 @@ from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connection
 
-from console import demo, state
+from console import asgi, demo, livefeed, state
 from console.batches import BatchFeeder
 from console.daphneserver import event_loop
 from console.fleet import Fleet
@@ -155,6 +155,8 @@ def prepare(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> None:
     if not options["no_migrate"] and connection.vendor == "sqlite":
         call_command("migrate", interactive=False, verbosity=0)
     collect_static()
+    # WhiteNoise lists its files when the application is made, which may be before they are there.
+    asgi.django_application.load_middleware(is_async=True)
     ensure_default_classes()
     for spec in specs:
         max_model_len = MODELLED_MODEL_LEN
@@ -237,6 +239,7 @@ async def start(serving: Serving, options: dict[str, Any], show: demo.Demo | Non
     say(f"console   http://{base}/")
     say(f"API       http://{base}/v1")
     say(f"health    http://{base}/readyz   metrics http://{base}/metrics")
+    await livefeed.feed_of(current)  # charts begin now, not with the first page
     await current.workers.start()
     names = [proc.name for proc in current.workers.views()]
     say(f"workers   {', '.join(names) or 'none: start one with python -m gpuworkers --join …'}")
