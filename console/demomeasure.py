@@ -15,6 +15,7 @@ CALIBRATION_S = 5.0
 PROMPT_TOKENS = 256
 ROWS = 4
 OUTPUT_TOKENS = 24
+TIER = "flex"  # its shipped targets are loose enough that steps are not cut short to meet them
 # Targets on a device that cannot meet the shipped classes: so many times the unloaded 256-token
 # prefill, and the unloaded step of four rows.
 TTFT_FACTOR = 4.0
@@ -51,7 +52,7 @@ async def measure(client: httpx.AsyncClient, prompts: Prompts) -> Measured | Non
     ends_at_s = time.monotonic() + CALIBRATION_S / 2
     while time.monotonic() < ends_at_s:
         text = prompts.text_of(PROMPT_TOKENS, seed=len(prefills_s))
-        answer = await stream_chat(client, chat_body(demoseed.MODEL_ID, text, 1, "priority"))
+        answer = await stream_chat(client, chat_body(demoseed.MODEL_ID, text, 1, TIER))
         if answer.error or answer.ttft_s is None:
             return None
         prefills_s.append(answer.ttft_s)
@@ -63,7 +64,7 @@ async def measure(client: httpx.AsyncClient, prompts: Prompts) -> Measured | Non
                     demoseed.MODEL_ID,
                     prompts.text_of(2 * OUTPUT_TOKENS, i),
                     OUTPUT_TOKENS,
-                    "priority",
+                    TIER,
                 ),
             )
             for i in range(ROWS)
