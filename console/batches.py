@@ -7,6 +7,7 @@ stored: every custom_id ends exactly once.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -83,10 +84,10 @@ class BatchFeeder:
                     await self._round()
                 except DatabaseError as error:
                     logger.error("batch round failed: %s", error)
-                try:
-                    await asyncio.wait_for(self._wake.wait(), self._poll_s)
-                except TimeoutError:
-                    continue
+                # Not wait_for, which on Python 3.11 swallows a cancellation that meets the wake-up.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_s):
+                        await self._wake.wait()
         finally:
             await self._give_back()
 

@@ -142,7 +142,7 @@ def test_prompts_wait_here_rather_than_behind_many_at_a_worker():
     commands = rig.submit("r1")
     outcome = queued(commands)
     assert outcome.predicted_start_s > 4.0
-    assert "more than the 4.00 s that may wait" in of(domain.Decided, commands)[0].record.reason
+    assert "more than the 4000 ms that may wait" in of(domain.Decided, commands)[0].record.reason
     assert placement(rig.send("w1", make_load())).decode_worker == "w1"
 
 
