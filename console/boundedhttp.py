@@ -144,8 +144,9 @@ class BoundedRequest(WebRequest):
         Raises CancelledError then, which ends the application's task and so the generation."""
         if self.writable.is_set():
             return
-        try:
-            await asyncio.wait_for(self.writable.wait(), self.limits.stall_s_max)
+        try:  # not wait_for, which on Python 3.11 may swallow a cancellation
+            async with asyncio.timeout(self.limits.stall_s_max):
+                await self.writable.wait()
         except TimeoutError:
             if self.channel is not None:
                 logger.info("reader_cut client=%s", self.client_addr)

@@ -28,6 +28,8 @@ class SuiteGate:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self.num_collected = len(items)
+        # Playwright keeps an event loop running from its first use on: asyncio tests go before.
+        items.sort(key=is_browser_test)
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["num_collected"] = len(items)
 
@@ -58,6 +60,10 @@ class SuiteGate:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for line in self.failures():
             terminalreporter.write_line(f"SUITE FAILED {line}", red=True)
+
+
+def is_browser_test(item: pytest.Item) -> bool:
+    return item.get_closest_marker("browser") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,6 +15,15 @@ class Config(SimpleNamespace):
         return self.options.get(name, default)
 
 
+class Item(SimpleNamespace):
+    """A collected test with or without the marker of browser tests."""
+
+    browser: bool = False
+
+    def get_closest_marker(self, name):
+        return name if name == "browser" and self.browser else None
+
+
 def gate(args=("tests",), **options):
     return SuiteGate(Config(args=list(args), options=options))
 
@@ -29,11 +38,11 @@ def report(why=None, outcome="skipped"):
 
 def test_fewer_tests_than_expected_fail_the_whole_suite():
     suite = gate()
-    suite.pytest_collection_modifyitems([object()] * (suite.minimum - 1))
+    suite.pytest_collection_modifyitems([Item()] * (suite.minimum - 1))
     assert suite.failures() == [
         f"{suite.minimum - 1} tests found, {MINIMUM_FILE.name} expects {suite.minimum}"
     ]
-    suite.pytest_collection_modifyitems([object()] * suite.minimum)
+    suite.pytest_collection_modifyitems([Item()] * suite.minimum)
     assert suite.failures() == []
 
 
@@ -43,8 +52,14 @@ def test_fewer_tests_than_expected_fail_the_whole_suite():
 )
 def test_a_part_of_the_suite_counts_nothing(args, options):
     suite = gate(args, **options)
-    suite.pytest_collection_modifyitems([object()])
+    suite.pytest_collection_modifyitems([Item()])
     assert suite.failures() == []
+
+
+def test_browser_tests_run_last_and_others_keep_their_order():
+    items = [Item(n=1), Item(n=2, browser=True), Item(n=3), Item(n=4, browser=True)]
+    gate().pytest_collection_modifyitems(items)
+    assert [item.n for item in items] == [1, 3, 2, 4]
 
 
 def test_the_count_of_an_xdist_process_is_the_controllers():
