@@ -131,6 +131,8 @@ class Fleet:
             self._join_tokens.spend(hello.token)
 
     def _tell_plane(self, connection: Connection, message: Any) -> None:
+        if isinstance(message, protocol.HandoffFailed) and self._has_all_ids(message.request_id):
+            return  # its first id was its last: the prefill worker had nothing to hand off
         load = message.load if isinstance(message, protocol.Heartbeat) else message
         if isinstance(load, protocol.WorkerLoad) and self.live is not None:
             self.live.observe_load(load, self.now_s())
@@ -185,6 +187,10 @@ class Fleet:
             self._gaps.discard(report.request_id)
         else:
             self._gaps.add(report.request_id)
+
+    def _has_all_ids(self, request_id: str) -> bool:
+        live = self.requests.get(request_id)
+        return live is None or live.journal.finish_reason is not None
 
     def _close_gaps(self, now_s: float) -> None:
         """Ask again for ids that did not come, then move the request."""

@@ -119,6 +119,11 @@ def _with_split(
     )
     if not is_handoff:
         return _settle(ask, local.candidate, None, every, why, config, threshold)
+    if ask.request.output_tokens_max == 1:
+        alone = remote.candidate
+        alone = replace(alone, transfer_s=0.0, ttft_s=alone.ttft_s - alone.transfer_s)
+        why = f"{why}; its one output token ends it there, so nothing is handed off"
+        return _settle(ask, alone, None, every, why, config, threshold)
     return _settle(ask, target.candidate, remote.candidate, every, why, config, threshold)
 
 

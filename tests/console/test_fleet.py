@@ -45,9 +45,9 @@ class Rig:
         self.fleet.received(connection_id, message)
         return link
 
-    def submit(self, request_id="r1", output_tokens_max=8):
+    def submit(self, request_id="r1", output_tokens_max=8, **facts):
         request = make_request(
-            request_id, output_tokens_max=output_tokens_max, arrived_at_s=self.at_s
+            request_id, output_tokens_max=output_tokens_max, arrived_at_s=self.at_s, **facts
         )
         live = LiveRequest(
             request=request,
@@ -252,6 +252,30 @@ def test_lost_worker_hands_its_request_on_with_what_was_delivered():
     assert live.failovers == 1
     rig.report(second, live, 2, [12], finish="stop")
     assert tokens(live)[-1] == Tokens([12], "stop")
+
+
+def test_handoff_that_fails_after_the_last_id_moves_nothing():
+    rig = Rig()
+    rig.join("c1", "prefill")
+    rig.join("c2", "decode")
+    live = rig.submit(prompt_tokens=400)
+    assert live.placement.split == "handoff"
+    rig.report("c1", live, 0, [10], finish="stop")
+    epoch = live.epoch
+    rig.fleet.received("c2", protocol.HandoffFailed(live.request_id, epoch, "refused"))
+    assert live.epoch == epoch
+    assert tokens(live) == [Tokens([10], "stop")]
+
+
+def test_handoff_that_fails_before_it_moves_the_request():
+    rig = Rig()
+    rig.join("c1", "prefill")
+    rig.join("c2", "decode")
+    live = rig.submit(prompt_tokens=400)
+    rig.report("c1", live, 0, [10])
+    epoch = live.epoch
+    rig.fleet.received("c2", protocol.HandoffFailed(live.request_id, epoch, "refused"))
+    assert live.epoch > epoch
 
 
 def test_request_without_a_worker_ends_as_a_decision():

@@ -38,6 +38,16 @@ def test_long_prompt_is_handed_off_with_one_capability_for_both_sides(prompt_tok
     assert second.handoff_in.timeout_s == pytest.approx(30.0 + 4 * placed.predicted_ttft_s)
 
 
+def test_long_prompt_for_one_token_is_computed_apart_and_hands_nothing_off():
+    commands = demo().submit(prompt_tokens=400, output_tokens_max=1)
+    placed = placement(commands)
+    assert (placed.split, placed.prefill_worker, placed.decode_worker) == ("local", "w1", "w1")
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w1", "r1", 1, "full")]
+    record = of(domain.Decided, commands)[0].record
+    assert record.split_reason.endswith("so nothing is handed off")
+    assert placed.predicted_ttft_s < placement(demo().submit(prompt_tokens=400)).predicted_ttft_s
+
+
 def test_capabilities_differ_by_request():
     rig = demo()
     shown = {
