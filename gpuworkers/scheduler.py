@@ -23,6 +23,8 @@ ALONE_TTFT_SHARE = (
 )
 FULL_SHARE = 0.8  # decodes that fill this much of the online target let loose rows skip a step
 SKIP_TARGETS = 2.0  # a row may skip when its token is due no sooner than this many targets
+RISK_SHARE = 0.2  # of the TTFT target: laxity from which a prompt goes first
+AT_RISK, IN_TIME, LOST = 0, 1, 2  # order of prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +180,19 @@ def _add_online_chunks(
     model: LatencyModel,
     policy: Policy,
 ) -> None:
-    """Least laxity first; those that cannot be in time any more stand behind all others."""
+    """Those at risk by least laxity, then the shortest first: while nobody's deadline is near, a
+    long prompt that lets short ones pass costs least. Those that cannot be in time any more stand
+    behind all others."""
 
-    def order(sequence: Sequence) -> tuple[bool, float, str]:
+    def order(sequence: Sequence) -> tuple[int, float, str]:
         rest = StepFeatures().with_tokens(sequence.computed_tokens, sequence.pending_tokens)
-        laxity_s = sequence.first_token_due_at_s - now_s - model.predict_s(rest)
-        return (laxity_s < 0, laxity_s, sequence.request_id)
+        rest_s = model.predict_s(rest)
+        laxity_s = sequence.first_token_due_at_s - now_s - rest_s
+        if laxity_s < 0:
+            return (LOST, laxity_s, sequence.request_id)
+        if laxity_s < RISK_SHARE * sequence.targets.ttft_s_left:
+            return (AT_RISK, laxity_s, sequence.request_id)
+        return (IN_TIME, rest_s, sequence.request_id)
 
     for sequence in sorted(prefilling, key=order):
         count = chunk_tokens(target_s, draft.features, sequence, model, policy)

@@ -6,9 +6,10 @@ What does not fit into the KV room is refused: an arrival preempts batch rows, o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from controlplane import protocol
-from controlplane.latency import LatencyModel
+from controlplane.latency import Bucket, LatencyModel
 from controlplane.sim.events import Events
 from controlplane.sim.steptable import StepTable
 from controlplane.sim.workload import Arrival, Noise
@@ -23,6 +24,15 @@ OUTPUT_WORK = 2.2  # an output token in prompt tokens, 8B at 1k context: algorit
 BATCH_TARGETS = protocol.ClassTargets("batch", 9, 86_400.0, 86_400.0, is_batch=True)
 
 Planner = Callable[[float, scheduler.SchedulerState], scheduler.Plan]
+
+
+class SeenStep(NamedTuple):
+    """An executed step, and what was predicted of it before."""
+
+    bucket: Bucket
+    mean_s: float
+    p99_s: float
+    measured_s: float
 
 
 @dataclass(slots=True)
@@ -69,7 +79,7 @@ class Station:
         self.batch_prefilling: list[Sequence] = []
         self.waiting: list[Sequence] = []  # for KV
         self.outcome = Outcome()
-        self.steps_seen: list[tuple[float, float]] = []
+        self.seen: list[SeenStep] = []
         self._events = Events(0)
         self._is_busy = False
         self._warm_at_s = 0.0
@@ -87,9 +97,7 @@ class Station:
         self.outcome.seconds = seconds - warm_s
         return self.outcome
 
-    def _sequence(
-        self, name: str, arrival: Arrival, targets: protocol.ClassTargets
-    ) -> Sequence:
+    def _sequence(self, name: str, arrival: Arrival, targets: protocol.ClassTargets) -> Sequence:
         return Sequence(
             request_id=name,
             epoch=1,
@@ -167,7 +175,8 @@ class Station:
         if self.noise is not None:
             step_s = self.noise.measured_s(step_s)
         if self.observe:
-            self.steps_seen.append((self.model.p99_s(features), step_s))
+            mean_s, p99_s = self.model.predict_s(features), self.model.p99_s(features)
+            self.seen.append(SeenStep(features.bucket, mean_s, p99_s, step_s))
             self.model.observe(features, step_s)
         self._events.at(now_s + step_s, lambda: self._finish(plan))
 
@@ -177,7 +186,8 @@ class Station:
         rows = len(self.decoding)
         context = sum(sequence.computed_tokens + 1 for sequence in self.decoding)
         steps_max = min(s.sampling.output_tokens_max - s.output_tokens for s in self.decoding)
-        until_s, ends_s = self._events.next_at_s, []
+        until_s = self._events.next_at_s
+        ends_s: list[float] = []
         while len(ends_s) < steps_max and now_s < until_s:
             step_s = self.table.step_s((), rows, context)
             now_s += step_s if self.noise is None else self.noise.measured_s(step_s)
@@ -235,7 +245,8 @@ class Station:
         if not rows:
             return
         prompt_tokens = output_tokens = num_decodes = 0
-        ends = False
+        tokens_max = BATCH_PROMPT_TOKENS + BATCH_OUTPUT_TOKENS
+        ended = set()
         for sequence, start, count, samples in rows:
             sequence.computed_tokens = start + count
             if start < BATCH_PROMPT_TOKENS:
@@ -243,15 +254,17 @@ class Station:
             else:
                 num_decodes += 1
             if samples:
-                sequence.token_ids.append(0)
                 output_tokens += 1
-                ends = ends or len(sequence.token_ids) >= BATCH_PROMPT_TOKENS + BATCH_OUTPUT_TOKENS
+                sequence.token_ids.append(0)
+                if len(sequence.token_ids) == tokens_max:
+                    self.pool.free(sequence.key)
+                    ended.add(sequence)
         if num_decodes < len(self.batch_decoding):  # the others are next
             self.batch_decoding = (
                 self.batch_decoding[num_decodes:] + self.batch_decoding[:num_decodes]
             )
-        if ends:
-            self.batch_decoding = [s for s in self.batch_decoding if not self._is_done(s)]
+        if ended:
+            self.batch_decoding = [s for s in self.batch_decoding if s not in ended]
         while self.batch_prefilling and self.batch_prefilling[0].is_decoding:
             self.batch_decoding.append(self.batch_prefilling.pop(0))
         if self._events.now_s >= self._warm_at_s:
