@@ -147,11 +147,15 @@ def itl_miss(outcome: Outcome) -> float:
     return outcome.gaps_missed / max(1, outcome.gaps)
 
 
-def row(outcome: Outcome) -> dict[str, float]:
-    """An arm's figures as they are printed."""
+def row(outcome: Outcome) -> dict[str, float | None]:
+    """An arm's figures as they are printed; no TTFT where the arm starves every request."""
+
+    def ttft_ms(level: float) -> float | None:
+        return round(1e3 * quantile(outcome.ttft_s, level), 2) if outcome.ttft_s else None
+
     return {
-        "ttft_p50_ms": round(1e3 * quantile(outcome.ttft_s, 0.5), 2),
-        "ttft_p99_ms": round(1e3 * quantile(outcome.ttft_s, 0.99), 2),
+        "ttft_p50_ms": ttft_ms(0.5),
+        "ttft_p99_ms": ttft_ms(0.99),
         "itl_miss": round(itl_miss(outcome), 6),
         "itl_max_ms": round(1e3 * outcome.gap_s_max, 2),
         "batch_work_per_s": round(outcome.batch_work / outcome.seconds, 1),

@@ -138,6 +138,68 @@ def test_a_step_has_at_most_its_maximum_of_tokens():
     assert max(row.count for row in result.rows) == Policy().chunk_tokens_max
 
 
+def test_short_prompts_pass_a_long_one_until_its_deadline_is_near():
+    roomy = ClassTargets("interactive", 0, 5.0, 0.1)
+    long = sequence("long", 2000, 0, targets=roomy)
+    short = sequence("short", 100, 0, targets=roomy)
+    state = SchedulerState((decode("d"),), (long, short))
+    assert [row.sequence for row in planned(state).rows] == [state.decoding[0], short, long]
+    near = sequence("long", 2000, 0, targets=roomy, arrived_ago_s=3.5)
+    rows = planned(SchedulerState((decode("d"),), (near, short))).rows
+    assert rows[1].sequence is near
+
+
+def test_a_loose_row_skips_a_step_that_strict_decodes_fill():
+    loose = decode("loose", targets=ClassTargets("loose", 2, 10.0, 0.5))
+    strict = tuple(decode(f"d{i}") for i in range(105))
+    rows = planned(SchedulerState((*strict, loose))).rows
+    assert [row.sequence for row in rows] == list(strict)
+    late = decode("late", targets=ClassTargets("loose", 2, 10.0, 0.5), token_ago_s=0.45)
+    assert late in [row.sequence for row in planned(SchedulerState((*strict, late))).rows]
+    assert loose in [row.sequence for row in planned(SchedulerState((*strict[:20], loose))).rows]
+
+
+def test_host_time_is_taken_off_both_targets():
+    model = LatencyModel(MODEL)
+    for _ in range(2000):
+        model.observe_host(0.02)
+    result = plan(NOW_S, SchedulerState((decode("d"),)), model, Policy(kappa=0.5))
+    assert result.online_target_s == pytest.approx(0.08)
+    assert result.batch_target_s == pytest.approx(0.03)
+
+
+def test_batch_fills_a_step_with_the_end_of_one_prompt_and_the_start_of_the_next():
+    ending = sequence("b1", 300, 280, targets=BATCH)
+    next_one = sequence("b2", 300, 0, targets=BATCH)
+    result = planned(SchedulerState((decode("d"),), batch_prefilling=(ending, next_one)))
+    assert [row.sequence for row in result.rows[1:]] == [ending, next_one]
+    assert result.rows[1].samples and not result.rows[2].samples
+
+
+# --- the baseline
+
+
+def fixed(state: SchedulerState, tokens_max: int) -> scheduler.Plan:
+    return scheduler.plan_fixed_chunk(state, LatencyModel(MODEL), Policy(), tokens_max)
+
+
+def test_the_baseline_fills_its_tokens_online_first_and_looks_at_no_time():
+    state = SchedulerState(
+        (decode("d"),),
+        (sequence("p", 40, 0),),
+        (decode("bd", targets=BATCH),),
+        (sequence("bp", 900, 0, targets=BATCH),),
+    )
+    assert shape(fixed(state, 100)) == [
+        ("d", 50, 1, True),
+        ("p", 0, 40, True),
+        ("bd", 50, 1, True),
+        ("bp", 0, 58, False),
+    ]
+    assert shape(fixed(state, 16)) == [("d", 50, 1, True), ("p", 0, 15, False)]
+    assert fixed(state, 100).num_online == 2
+
+
 # --- properties
 
 targets = st.builds(
@@ -179,7 +241,7 @@ states = st.builds(
 policies = st.builds(Policy, st.floats(0.1, 1.0), st.floats(0.05, 0.5), st.integers(1, 8))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(states, policies)
 def test_the_online_part_is_the_same_with_the_batch_queues_emptied(state, policy):
     without = dataclasses.replace(state, batch_decoding=(), batch_prefilling=())
