@@ -46,11 +46,15 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
 
 class StepModel(msgspec.Struct, frozen=True):
-    """Step-time model: seconds = base + per_token · token rows + per_context · context tokens."""
+    """Step-time model: seconds by what a step computes; latency.step_s is the formula."""
 
     base_s: float
     per_token_s: float
     per_context_token_s: float
+    # added for each token row beyond latency.HINGE_ROWS, where the weights' read hides no more
+    per_token_over_s: tuple[float, float] = (0.0, 0.0)
+    per_sequence_s: float = 0.0
+    per_chunk_context_token_s: float | None = None  # None: chunks read context like decode rows
 
 
 class LiveSequence(msgspec.Struct, frozen=True):
@@ -204,6 +208,8 @@ class Policy(msgspec.Struct, frozen=True):
     kappa: float = 0.6  # share of the strictest ITL target that batch rows may fill
     tau_idle_s: float = 0.25  # longest step when no online row is present
     batch_rows_max: int = 64
+    chunk_tokens_max: int = 512  # of one sequence in one step
+    step_tokens_max: int = 1024  # token rows of one step; bounds activation memory
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):

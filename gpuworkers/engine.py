@@ -262,6 +262,7 @@ class Engine:
         measured_s = 0.0
         if plan.rows:
             started_at_s = clock()
+            self.step_model.observe_host(max(0.0, started_at_s - now_s))
             result = self.runner.run(plan)
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
