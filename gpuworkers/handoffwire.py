@@ -5,7 +5,7 @@ import hashlib
 import struct
 
 from controlplane.errors import SlackwaterError
-from gpuworkers.engine import KVStore
+from gpuworkers.kvstore import KVStore
 
 MAGIC = b"SLACKKV\x01"
 VERSION = 1

@@ -27,9 +27,8 @@ from kernels.torchops import backend, linear
 BLOCK_TOKENS = 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUMERICS = ("exact", "fast")
-KV_TOKENS_DEFAULT = 16384  # where memory allows it
+KV_TOKENS_DEFAULT = 16_384  # where memory allows it
 KV_MEMORY_SHARE = 1 / 16  # of physical memory, for the default
-KV_TOKENS_DEFAULT = 16_384
 # (sequences, tokens before, tokens to compute): what calibration runs
 CALIBRATION_STEPS = ((1, 64, 1), (4, 64, 1), (4, 256, 1), (16, 64, 1), (1, 0, 64), (1, 0, 192))
 CALIBRATION_REPEATS = 2
@@ -89,7 +88,6 @@ def load(
     """A runner for the model folder, and the facts that a worker tells about itself.
 
     kv_tokens 0 takes KV_TOKENS_DEFAULT, or less on a machine with little memory.
-    kv_tokens 0 takes KV_TOKENS_DEFAULT.
     Raises ConfigError for an impossible option and ModelError for an unusable folder."""
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
@@ -97,8 +95,7 @@ def load(
         raise ConfigError(f"numerics={numerics!r}: expected one of {', '.join(NUMERICS)}")
     folder = Path(model_dir)
     config = read_config(folder)
-    num_blocks = (kv_tokens or KV_TOKENS_DEFAULT) // BLOCK_TOKENS
-    if num_blocks < 1 or threads < 1:
+    if 0 < kv_tokens < BLOCK_TOKENS or kv_tokens < 0 or threads < 1:
         raise ConfigError(f"kv_tokens={kv_tokens}, threads={threads}: too small")
     torch.set_num_threads(threads)
     with torch.no_grad():  # not inference mode: handoff writes into the KV arrays later
@@ -107,7 +104,7 @@ def load(
             if dtype == "auto"
             else DTYPES[dtype]
         )
-        ops = backend.TorchOps(use_packing=linear.has_packing(chosen))
+        ops = backend.TorchOps(_layout(chosen, numerics))
         files = WeightFiles(folder)
         model = load_llama(config, files, chosen, ops)
         if numerics == "exact":
@@ -128,6 +125,13 @@ def _default_kv_tokens(config: LlamaConfig, dtype: torch.dtype) -> int:
     token_bytes = 2 * heads * config.head_dim * dtype.itemsize
     affordable = int(memory_bytes() * KV_MEMORY_SHARE) // token_bytes
     return max(BLOCK_TOKENS, min(KV_TOKENS_DEFAULT, affordable))
+
+
+def _layout(dtype: torch.dtype, numerics: str) -> linear.Layout:
+    """How weights lie: for equal rows, or for the fastest single row."""
+    if numerics == "fast" and dtype == torch.float32:
+        return "transposed"
+    return "packed" if linear.has_packing(dtype) else "plain"
 
 
 def device_facts(dtype_name: str) -> protocol.DeviceFacts:

@@ -31,8 +31,9 @@ class Sequence:
     phase: Phase = "waiting"
     computed_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    preempted_tokens: int = 0  # tokens that had KV when it was preempted, until it starts again
     last_token_at_s: float | None = None
-    block_ids: list[int] = field(default_factory=list)  # token order; covers all that will be
+    block_ids: list[int] = field(default_factory=list)  # token order; online: all it will need
     hashes: list[bytes] = field(default_factory=list)  # names of its full blocks, so far
 
     @property

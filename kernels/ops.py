@@ -53,12 +53,12 @@ class SamplingTable:
 class Ops(Protocol):
     """Operations over token rows; `rows` is the number of tokens in the step."""
 
-    def pack(self, weight: torch.Tensor) -> Any:
-        """Prepare weight (out, in) for `linear`; the original may be dropped."""
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        """Prepare weight (out, in) and bias (out,) for `linear`; the originals may be dropped."""
         ...
 
     def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
-        """x (rows, in) times the weight's transpose: (rows, out)."""
+        """x (rows, in) times the weight's transpose, plus the bias: (rows, out)."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -69,6 +69,17 @@ class Ops(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """residual += x in place, then rms_norm of residual."""
+        ...
+
+    def norm_heads(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        heads: Heads,
+        eps: float,
+    ) -> None:
+        """rms_norm of every Q and K head of qkv (see rope_write) in place; weights (head_dim,)."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -87,9 +98,11 @@ class Ops(Protocol):
         kv_layer: torch.Tensor,
         step: Any,
     ) -> torch.Tensor:
-        """Rotate Q and K, write K and V into kv_layer, return Q (rows, q_heads, head_dim).
+        """Rotate Q and K in place, write K and V into kv_layer, return Q (rows, q_heads, head_dim).
 
-        qkv (rows, (q_heads + 2·kv_heads)·head_dim); cos, sin (rows, head_dim / 2) float32."""
+        qkv (rows, (q_heads + 2·kv_heads)·head_dim); cos, sin (rows, head_dim) float32: the cosines
+        twice, the negated sines and then the sines, so that a head turns by
+        x · cos + (halves of x swapped) · sin."""
         ...
 
     def attention(self, q: torch.Tensor, kv_layer: torch.Tensor, step: Any) -> torch.Tensor:

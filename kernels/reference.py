@@ -33,11 +33,17 @@ class ReferenceStep:
 class ReferenceOps:
     """See kernels.ops.Ops; results keep the dtype of the input."""
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
+    def pack(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight, bias
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-        return (x.double() @ packed.double().T).to(x.dtype)
+    def linear(
+        self, x: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> torch.Tensor:
+        weight, bias = packed
+        product = x.double() @ weight.double().T
+        return (product if bias is None else product + bias.double()).to(x.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = []
@@ -51,6 +57,19 @@ class ReferenceOps:
     ) -> torch.Tensor:
         residual.copy_(residual.double() + x.double())
         return self.rms_norm(residual, weight, eps)
+
+    def norm_heads(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        heads: Heads,
+        eps: float,
+    ) -> None:
+        for head in range(heads.num_q_heads + heads.num_kv_heads):
+            weight = q_weight if head < heads.num_q_heads else k_weight
+            columns = slice(head * heads.head_dim, (head + 1) * heads.head_dim)
+            qkv[:, columns] = self.rms_norm(qkv[:, columns], weight, eps)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.double().chunk(2, dim=1)
@@ -75,8 +94,9 @@ class ReferenceOps:
         for row, (position, table) in enumerate(step.tokens()):
             for head in range(num_q + num_kv):
                 low, high = heads[row, head, :half].clone(), heads[row, head, half:].clone()
-                heads[row, head, :half] = low * cos[row].double() - high * sin[row].double()
-                heads[row, head, half:] = high * cos[row].double() + low * sin[row].double()
+                turn, swap = cos[row].double(), sin[row].double()
+                heads[row, head, :half] = low * turn[:half] + high * swap[:half]
+                heads[row, head, half:] = high * turn[half:] + low * swap[half:]
             block_id = int(table[position // step.block_tokens])
             offset = position % step.block_tokens
             for head in range(num_kv):

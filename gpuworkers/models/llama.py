@@ -82,11 +82,12 @@ class Llama:
 
 
 def rope_tables(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (max_model_len, head_dim / 2) float32, as Llama computes them."""
+    """cos and sin (max_model_len, head_dim) float32 in the form of Ops.rope_write."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     angles = torch.arange(config.max_model_len).float()[:, None] * frequencies[None, :]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def load_llama(config: LlamaConfig, files: WeightFiles, dtype: torch.dtype, ops: Ops) -> Llama:
