@@ -63,9 +63,9 @@ class Plan:
 class _Draft:
     """A plan while it grows."""
 
-    def __init__(self, rows: Seq[PlanRow] = (), features: StepFeatures | None = None) -> None:
-        self.rows = list(rows)
-        self.features = features or StepFeatures()
+    def __init__(self) -> None:
+        self.rows: list[PlanRow] = []
+        self.features = StepFeatures()
 
     def add(self, sequence: Sequence, count: int) -> None:
         start = sequence.computed_tokens
@@ -103,33 +103,19 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
         must = [sequence for sequence in decoding if sequence.next_token_due_at_s() < due_s]
         draft = _Draft()
         draft.add_decodes(must, _context_tokens(must))
+    num_decodes = len(draft.rows)
     _add_online_chunks(now_s, draft, state.prefilling, online_target_s, model, policy)
     num_online = len(draft.rows)
 
     if online:
-        batch_target_s = min(slack_s, policy.kappa * itl_s) - model.host_s
+        # A first token waits for the whole step: what batch adds to it is all delay. Such steps
+        # are few, so that keeping them short costs batch little.
+        is_first = any(row.samples for row in draft.rows[num_decodes:])
+        share = policy.kappa * (policy.first_token_share if is_first else 1.0)
+        batch_target_s = min(slack_s, share * itl_s) - model.host_s
     else:
         batch_target_s = max(policy.tau_idle_s, 2 * model.plan_s(StepFeatures(rows=1)))
     _add_batch(draft, state, batch_target_s, model, policy, must_progress=not online)
-    return draft.plan(num_online, model, online_target_s, batch_target_s)
-
-
-def amend(
-    planned: Plan, late: Seq[Sequence], state: SchedulerState, model: LatencyModel, policy: Policy
-) -> Plan:
-    """A plan that was made before the online sequences `late` arrived, with their first chunks in
-    the place of batch rows; its online rows stay as they are. `state` gives the batch sequences."""
-    features = StepFeatures()
-    for row in planned.rows[: planned.num_online]:
-        features = features.with_tokens(row.start, row.count)
-    draft = _Draft(planned.rows[: planned.num_online], features)
-    itl_s = min(sequence.targets.itl_s for sequence in late)
-    online_target_s = min(planned.online_target_s, itl_s)
-    now_s = max(sequence.arrived_at_s for sequence in late)
-    _add_online_chunks(now_s, draft, late, online_target_s, model, policy)
-    batch_target_s = min(planned.batch_target_s, policy.kappa * itl_s)
-    num_online = len(draft.rows)
-    _add_batch(draft, state, batch_target_s, model, policy, must_progress=False)
     return draft.plan(num_online, model, online_target_s, batch_target_s)
 
 

@@ -70,9 +70,9 @@ class Scene:
         room = KV_SHARE * DEVICE_BYTES * file.tp - 1e9 * file.weight_gb
         return int(room / file.kv_bytes_per_token)
 
-    def policy(self, kappa: float) -> protocol.Policy:
+    def policy(self, kappa: float, first_token_share: float = 0.5) -> protocol.Policy:
         idle_s = max(0.05 * self.ttft_s, kappa * self.itl_s)  # design.md section 11
-        return protocol.Policy(kappa, idle_s, 1024, 8192, 8192)
+        return protocol.Policy(kappa, idle_s, 1024, 8192, 8192, first_token_share)
 
     def run(
         self,
@@ -107,7 +107,7 @@ class Scene:
     def reference(self, seed: int) -> Outcome:
         """The bound: kappa 1, exact step times, no noise, no margin, KV unlimited."""
         model = ExactModel(self.table)
-        planner = partial(scheduler.plan, model=model, policy=self.policy(1.0))
+        planner = partial(scheduler.plan, model=model, policy=self.policy(1.0, 1.0))
         return self.run(seed, planner, model, kv_tokens=KV_TOKENS_UNLIMITED).outcome
 
     def fixed(self, tokens_max: int, has_batch: bool, seed: int) -> Outcome:

@@ -168,6 +168,16 @@ def test_host_time_is_taken_off_both_targets():
     assert result.batch_target_s == pytest.approx(0.03)
 
 
+def test_a_step_that_yields_a_first_token_is_kept_short():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
+    last, more = sequence("p", 40, 20), sequence("p", 900, 20)
+    policy = Policy(kappa=0.8, first_token_share=0.5)
+    ends = planned(SchedulerState((decode("d"),), (last,), batch), policy)
+    goes_on = planned(SchedulerState((decode("d"),), (more,), batch), policy)
+    assert ends.rows[1].samples and ends.batch_target_s == pytest.approx(0.04)
+    assert not goes_on.rows[1].samples and goes_on.batch_target_s == pytest.approx(0.08)
+
+
 def test_batch_fills_a_step_with_the_end_of_one_prompt_and_the_start_of_the_next():
     ending = sequence("b1", 300, 280, targets=BATCH)
     next_one = sequence("b2", 300, 0, targets=BATCH)
