@@ -16,16 +16,17 @@ from controlplane.latency import LatencyModel, StepFeatures
 from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes, processor_name
 from gpuworkers.engine import RunResult
 from gpuworkers.kvcache import TorchKVCache
+from gpuworkers.models.config import LlamaConfig, read_config
 from gpuworkers.models.llama import Llama, load_llama
 from gpuworkers.sampler import forbid_early_ends, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import Sequence
-from gpuworkers.weights import LlamaConfig, WeightFiles, read_config
+from gpuworkers.weights import WeightFiles
 from kernels.ops import Ops, SequenceTokens
 from kernels.torchops import backend, linear
 
 BLOCK_TOKENS = 16
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUMERICS = ("exact", "fast")
 KV_TOKENS_DEFAULT = 16_384  # where memory allows it
 KV_MEMORY_SHARE = 1 / 16  # of physical memory, for the default
@@ -106,13 +107,13 @@ def load(
         )
         ops = backend.TorchOps(_layout(chosen, numerics))
         files = WeightFiles(folder)
-        model = load_llama(config, files, chosen, ops)
+        num_blocks = (kv_tokens or _default_kv_tokens(config, chosen)) // BLOCK_TOKENS
+        max_model_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
+        model = load_llama(config, files, chosen, ops, max_model_len)
         if numerics == "exact":
             ops = backend.exact(ops, model.packed_shapes(), chosen, model.heads)
-        num_blocks = (kv_tokens or _default_kv_tokens(config, chosen)) // BLOCK_TOKENS
         kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, chosen)
     runner = TorchRunner(model, ops, kv)
-    max_model_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // BLOCK_TOKENS
     facts = protocol.ModelFacts(
         model_id, files.sha256(), max_model_len, config.vocab_size, bytes_per_token
