@@ -110,6 +110,14 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     free_blocks: int
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities by the model, before any sampling parameter."""
+
+    logprob: float  # of the output id
+    top_ids: list[int]  # the likeliest ids, likeliest first
+    top_logprobs: list[float]
+
+
 class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
     """What one step did for one sequence of this link."""
 
@@ -121,6 +129,8 @@ class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
     prefill_tokens: int  # prompt tokens computed in this step
     cached_tokens: int  # prompt tokens found in the prefix cache (whole sequence)
     context_tokens: int
+    # One per id where the request asked for them, else empty; None for ids of an earlier worker.
+    logprobs: list[TokenLogprobs | None] = []
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
@@ -243,6 +253,8 @@ class Sampling(msgspec.Struct, frozen=True):
     stop_token_ids: list[int] = []
     output_tokens_min: int = 0
     ignore_eos: bool = False
+    min_p: float = 0.0  # 0: off
+    logprobs: int | None = None  # likeliest ids to report beside each id; None: no logprobs
 
 
 class ClassTargets(msgspec.Struct, frozen=True):

@@ -7,7 +7,9 @@ disturbs both alike. Ratios are theirs over ours: above 1 we are faster. Prints 
 
 import argparse
 import dataclasses
+import functools
 import gc
+import importlib
 import json
 import sys
 import time
@@ -16,11 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from controlplane import protocol
-from controlplane.errors import SlackwaterError
+from controlplane.errors import ConfigError, SlackwaterError
 from controlplane.latency import LatencyModel
 from gpuworkers import runner
 from gpuworkers.engine import Engine, EngineConfig
@@ -40,6 +40,9 @@ TARGETS = protocol.ClassTargets("bench", 0, ttft_s_left=3600.0, itl_s=3600.0)
 class Request:
     prompt_ids: list[int]
     output_tokens: int
+
+
+Arms = dict[str, Callable[[list[Request]], list[list[int]]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,30 +110,26 @@ class Ours:
         engine.check_integrity()
         return outputs
 
-    def one_by_one(self, requests: list[Request]) -> list[list[int]]:
-        return [self.generate([request])[0] for request in requests]
-
 
 class Theirs:
     """transformers with a KV cache, greedy, in inference mode."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str) -> None:
         self.attention = attention
-        self._model = AutoModelForCausalLM.from_pretrained(
+        try:  # only here: a worker is installed without it
+            transformers = importlib.import_module("transformers")
+        except ImportError:
+            raise ConfigError("the comparison needs transformers: install the dev extra") from None
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, local_files_only=True
         ).eval()
 
     @torch.inference_mode()
-    def one_by_one(self, requests: list[Request]) -> list[list[int]]:
-        return [self._generate([request])[0] for request in requests]
-
-    @torch.inference_mode()
-    def static(self, requests: list[Request]) -> list[list[int]]:
-        """One left-padded batch that runs until its longest output is there."""
-        return self._generate(requests)
-
-    def _generate(self, requests: list[Request]) -> list[list[int]]:
-        """A bare loop, faster than `generate`. No mask is needed for one request."""
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        """Several are one left-padded batch that runs until its longest output is there."""
+        # A bare loop, faster than transformers' own generate; one request needs no mask.
         width = max(len(request.prompt_ids) for request in requests)
         ids = torch.zeros(len(requests), width, dtype=torch.int64)
         mask = torch.zeros(len(requests), width, dtype=torch.int64)
@@ -177,80 +176,65 @@ def best_attention(folder: Path, dtype: torch.dtype, probe: list[Request]) -> Th
     """The faster of sdpa and eager on one short request."""
     candidates = [Theirs(folder, dtype, attention) for attention in ("sdpa", "eager")]
     for candidate in candidates:
-        candidate.one_by_one(probe)
-    return min(candidates, key=lambda c: timed(lambda: c.one_by_one(probe)).cpu_s)
+        candidate.generate(probe)
+    return min(candidates, key=lambda c: timed(lambda: c.generate(probe)).cpu_s)
 
 
-def alternate(arms: dict[str, Callable[[], list[list[int]]]], rounds: int) -> dict[str, list[Run]]:
-    """Every arm once a round, so that a slow minute is everybody's."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms}
-    for index in range(rounds):
+def alternate(arms: Arms, pieces: list[list[Request]]) -> dict[str, Run]:
+    """Every arm on a piece before the next piece, so that a slow minute is everybody's."""
+    runs = {name: Run([], 0.0, 0.0) for name in arms}
+    for piece in pieces:
         for name, arm in arms.items():
-            runs[name].append(timed(arm))
-            print(f"round {index + 1} {name} cpu_s={runs[name][-1].cpu_s:.2f}", file=sys.stderr)
+            run, sum_ = timed(functools.partial(arm, piece)), runs[name]
+            runs[name] = Run(
+                sum_.outputs + run.outputs, sum_.cpu_s + run.cpu_s, sum_.wall_s + run.wall_s
+            )
+    for name, run in runs.items():
+        print(f"{name} cpu_s={run.cpu_s:.2f} wall_s={run.wall_s:.2f}", file=sys.stderr)
     return runs
 
 
-def best_s(runs: list[Run]) -> float:
-    return min(run.cpu_s for run in runs)
-
-
-def measure(folder: Path, dtype_name: str, num_requests: int, rounds: int) -> dict[str, object]:
+def measure(folder: Path, dtype_name: str, num_requests: int) -> dict[str, object]:
     """All figures. Raises SlackwaterError for a folder that cannot be served."""
     torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     before_mb = resident_mb()
     exact = Ours(folder, dtype_name, "exact")
     requests = make_requests(exact.facts.vocab_size, num_requests)
-    batch_first = timed(lambda: exact.generate(requests))
+    exact.generate(requests)
     rss_mb = extra_rss_mb(exact, before_mb)
     fast = Ours(folder, dtype_name, "fast")
-    theirs = best_attention(folder, exact.runner.model.dtype, [Request(list(range(200, 232)), 8)])
-    fast.generate(requests[:1])
-    runs = alternate(
-        {
-            "theirs": lambda: theirs.one_by_one(requests),
-            "exact": lambda: exact.one_by_one(requests),
-            "fast": lambda: fast.one_by_one(requests),
-            "static": lambda: theirs.static(requests),
-            "batch16": lambda: exact.generate(requests),
-        },
-        rounds,
-    )
-    long = [Request(make_long(exact.facts.vocab_size), 1)]
-    prefill = alternate(
-        {
-            "prefill_theirs": lambda: theirs.one_by_one(long),
-            "prefill_exact": lambda: exact.generate(long),
-        },
-        PREFILL_REPEATS,
-    )
-    seconds = {name: best_s(done) for name, done in (runs | prefill).items()}
-    expected = runs["theirs"][0].outputs
+    warm = [Request(list(range(200, 232)), 8)]
+    fast.generate(warm)
+    theirs = best_attention(folder, exact.runner.model.dtype, warm)
+    singles = {"theirs": theirs.generate, "exact": exact.generate, "fast": fast.generate}
+    runs = alternate(singles, [[request] for request in requests])
+    runs |= alternate({"static": theirs.generate, "batch16": exact.generate}, [requests])
+    long = [make_long(exact.facts.vocab_size, index) for index in range(PREFILL_REPEATS)]
+    prefills = {"prefill_theirs": theirs.generate, "prefill_exact": exact.generate}
+    runs |= alternate(prefills, [[request] for request in long])
+    expected = runs["theirs"].outputs
     output_tokens = sum(request.output_tokens for request in requests)
+
+    def ratio(other: str, mine: str) -> float:
+        return runs[other].cpu_s / runs[mine].cpu_s
+
     return {
-        "single_ratio": seconds["theirs"] / seconds["exact"],
-        "single_ratio_fast": seconds["theirs"] / seconds["fast"],
-        "batch16_vs_sequential": seconds["theirs"] / seconds["batch16"],
-        "batch16_vs_static": seconds["static"] / seconds["batch16"],
-        "prefill_ratio": seconds["prefill_theirs"] / seconds["prefill_exact"],
-        "outputs_equal": int(
-            runs["exact"][0].outputs == expected
-            and runs["batch16"][0].outputs == expected
-            and batch_first.outputs == expected
-        ),
-        "outputs_equal_share": agreement(runs["batch16"][0].outputs, expected),
-        "fast_outputs_equal_share": agreement(runs["fast"][0].outputs, expected),
+        "single_ratio": ratio("theirs", "exact"),
+        "single_ratio_fast": ratio("theirs", "fast"),
+        "batch16_vs_sequential": ratio("theirs", "batch16"),
+        "batch16_vs_static": ratio("static", "batch16"),
+        "prefill_ratio": ratio("prefill_theirs", "prefill_exact"),
+        "outputs_equal": int(runs["exact"].outputs == runs["batch16"].outputs == expected),
+        "outputs_equal_share": agreement(runs["batch16"].outputs, expected),
+        "fast_outputs_equal_share": agreement(runs["fast"].outputs, expected),
         "worker_extra_rss_mb": rss_mb,
-        "cpu_s": seconds,
-        "wall_s": {name: min(r.wall_s for r in done) for name, done in (runs | prefill).items()},
+        "cpu_s": {name: run.cpu_s for name, run in runs.items()},
+        "wall_s": {name: run.wall_s for name, run in runs.items()},
         "tokens_per_cpu_s": {
-            name: output_tokens / seconds[name]
+            name: output_tokens / runs[name].cpu_s
             for name in ("theirs", "exact", "fast", "static", "batch16")
         },
         "requests": len(requests),
-        "rounds": rounds,
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
         "output_tokens": output_tokens,
         "dtype": exact.runner.kv.dtype_name,
@@ -260,8 +244,9 @@ def measure(folder: Path, dtype_name: str, num_requests: int, rounds: int) -> di
     }
 
 
-def make_long(vocab_size: int) -> list[int]:
-    return np.random.default_rng(SEED + 1).integers(100, vocab_size, PREFILL_TOKENS).tolist()
+def make_long(vocab_size: int, index: int) -> Request:
+    rng = np.random.default_rng(SEED + 1 + index)
+    return Request(rng.integers(100, vocab_size, PREFILL_TOKENS).tolist(), 1)
 
 
 def agreement(outputs: list[list[int]], expected: list[list[int]]) -> float:
@@ -275,11 +260,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "auto"), default="fp32")
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS)
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args(argv)
     try:
-        result = measure(options.model, options.dtype, options.requests, options.rounds)
+        result = measure(options.model, options.dtype, options.requests)
     except SlackwaterError as error:
         print(json.dumps({"error": str(error)}))
         return 1

@@ -7,7 +7,7 @@ stop ids) are reported like any other id; the gateway leaves them out of the tex
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from controlplane import protocol
@@ -28,9 +28,11 @@ HOST_BLOCKS_RATIO = 1.0  # blocks of batch sequences kept in host memory, per bl
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """`token_ids`: one per plan row with `samples`, in plan order; None where no id could be drawn
-    (logits not finite). `modelled_s` stands for the measured time when set."""
+    (logits not finite). `logprobs`: beside each id, or none at all. `modelled_s` stands for the
+    measured time when set."""
 
     token_ids: list[int | None]
+    logprobs: list[protocol.TokenLogprobs | None] = field(default_factory=list)
     modelled_s: float | None = None
 
 
@@ -297,6 +299,7 @@ class Engine:
         """Take the ids in, publish full blocks, end what has ended; returns ready prefills."""
         ready: list[Key] = []
         token_ids = iter(result.token_ids)
+        logprobs = iter(result.logprobs or [None] * len(result.token_ids))
         for row in plan.rows:
             sequence = row.sequence
             first_block = sequence.computed_tokens // self.pool.block_tokens
@@ -308,11 +311,11 @@ class Engine:
             if not row.samples:
                 self._reports.append(report(sequence, 0, None, prefill_tokens))
                 continue
-            token_id = next(token_ids)
+            token_id, logprob = next(token_ids), next(logprobs)
             if token_id is None:
                 self._end(sequence, "error", 0, prefill_tokens)
                 continue
-            sequence.token_ids.append(token_id)
+            sequence.append(token_id, logprob)
             sequence.last_token_at_s = at_s
             finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
             if finish_reason is not None:

@@ -18,7 +18,7 @@ from gpuworkers.engine import RunResult
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.config import LlamaConfig, read_config
 from gpuworkers.models.llama import Llama, load_llama
-from gpuworkers.sampler import forbid_early_ends, sampling_table
+from gpuworkers.sampler import edit, logprobs_of, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import Sequence
 from gpuworkers.weights import WeightFiles
@@ -51,8 +51,9 @@ class TorchRunner:
             sampling = [row.sequence for row in plan.rows if row.samples]
             if not sampling:
                 return RunResult([])
-            forbid_early_ends(logits, sampling, self.eos_token_ids)
-            return RunResult(self.ops.sample(logits, sampling_table(sampling)))
+            edited = edit(logits, sampling, self.eos_token_ids)
+            token_ids = self.ops.sample(edited, sampling_table(sampling))
+            return RunResult(token_ids, logprobs_of(self.ops, logits, sampling, token_ids))
 
     def logits(self, rows: tuple[PlanRow, ...]) -> torch.Tensor:
         """Logits of the rows that sample, in their order; writes KV of all rows."""

@@ -42,12 +42,34 @@ class SequenceTokens:
 class SamplingTable:
     """How to draw one id for each row of logits; arrays of one entry per row.
 
-    temperature 0 is greedy; `uniform` in [0, 1) is the draw; top_k 0 is off."""
+    temperature 0 is greedy; `uniform` in [0, 1) is the draw; top_k 0, top_p 1 and min_p 0 are off.
+    An id stays when it is among the top_k likeliest, in the smallest head of these that holds top_p
+    of their mass, and at least min_p times as likely as the likeliest."""
 
     temperature: np.ndarray  # float64
     top_p: np.ndarray  # float64
     top_k: np.ndarray  # int64
+    min_p: np.ndarray  # float64
     uniform: np.ndarray  # float64
+
+    def rows(self, index: np.ndarray) -> "SamplingTable":
+        """The table of some of the rows."""
+        return SamplingTable(
+            self.temperature[index],
+            self.top_p[index],
+            self.top_k[index],
+            self.min_p[index],
+            self.uniform[index],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities by the model, before any sampling parameter."""
+
+    logprob: float  # of the id drawn
+    top_ids: list[int]  # the likeliest, likeliest first
+    top_logprobs: list[float]
 
 
 class Ops(Protocol):
@@ -115,4 +137,10 @@ class Ops(Protocol):
         """One id per row of logits (rows, vocab) float32; None where a logit is not finite.
 
         A logit of minus infinity is a forbidden id. Ties go to the lowest id."""
+        ...
+
+    def logprobs(
+        self, logits: torch.Tensor, token_ids: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        """Of one id for each row of finite logits, with the num_top likeliest ids beside it."""
         ...

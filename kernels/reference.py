@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.ops import Heads, SamplingTable, SequenceTokens
+from kernels.ops import Heads, SamplingTable, SequenceTokens, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,16 @@ class ReferenceOps:
             ids.append(_draw(row, order, table, index))
         return ids
 
+    def logprobs(
+        self, logits: torch.Tensor, token_ids: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        made = []
+        for row, token_id, count in zip(logits.tolist(), token_ids, num_top, strict=True):
+            rest = max(row) + math.log(math.fsum(math.exp(v - max(row)) for v in row))
+            top = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[:count]
+            made.append(TokenLogprobs(row[token_id] - rest, top, [row[i] - rest for i in top]))
+        return made
+
 
 def _draw(row: list[float], order: list[int], table: SamplingTable, index: int) -> int:
     temperature, top_p = float(table.temperature[index]), float(table.top_p[index])
@@ -149,7 +159,10 @@ def _draw(row: list[float], order: list[int], table: SamplingTable, index: int) 
             if mass >= top_p * total:
                 break
         kept = nucleus
-    walk = kept if top_k or top_p < 1.0 else sorted(kept)
+    min_p = float(table.min_p[index])
+    if min_p > 0.0:
+        kept = [i for i in kept if weights[i] >= min_p] or kept[:1]
+    walk = kept if top_k or top_p < 1.0 or min_p > 0.0 else sorted(kept)
     target = float(table.uniform[index]) * math.fsum(weights[i] for i in walk)
     mass = 0.0
     for i in walk:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.ops import Heads, SamplingTable, SequenceTokens
+from kernels.ops import Heads, SamplingTable, SequenceTokens, TokenLogprobs
 from kernels.torchops import attention, linear, pointwise, sampling
 from kernels.torchops.attention import StepIndices
 from kernels.torchops.linear import Layout, PackedWeight
@@ -66,6 +66,11 @@ class TorchOps:
 
     def sample(self, logits: torch.Tensor, table: SamplingTable) -> list[int | None]:
         return sampling.sample(logits, table)
+
+    def logprobs(
+        self, logits: torch.Tensor, token_ids: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        return sampling.logprobs(logits, token_ids, num_top)
 
 
 def exact(ops: TorchOps, weights: list[PackedWeight], dtype: torch.dtype, heads: Heads) -> TorchOps:
