@@ -220,7 +220,7 @@ class Policy(msgspec.Struct, frozen=True):
     batch_rows_max: int = 64
     chunk_tokens_max: int = 512  # of one sequence in one step
     step_tokens_max: int = 1024  # token rows of one step; bounds activation memory
-    first_token_share: float = 0.5  # of batch's target, in a step that yields a first token
+    first_token_share: float = 0.25  # of batch's target, in a step that yields a first token
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):

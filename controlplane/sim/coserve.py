@@ -70,7 +70,7 @@ class Scene:
         room = KV_SHARE * DEVICE_BYTES * file.tp - 1e9 * file.weight_gb
         return int(room / file.kv_bytes_per_token)
 
-    def policy(self, kappa: float, first_token_share: float = 0.5) -> protocol.Policy:
+    def policy(self, kappa: float, first_token_share: float = 0.25) -> protocol.Policy:
         idle_s = max(0.05 * self.ttft_s, kappa * self.itl_s)  # design.md section 11
         return protocol.Policy(kappa, idle_s, 1024, 8192, 8192, first_token_share)
 
