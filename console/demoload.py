@@ -25,7 +25,7 @@ LONG_SHARE_SHIFTED = 0.0
 BATCH_LINES = 300
 BATCH_OUTPUT_TOKENS = 16
 # Classes as clients choose them; every tile of the Overview shall have data.
-TIERS = ("priority", "default", "priority", "flex")
+TIERS = ("priority", "default", "priority", "flex", "priority")
 
 SENTENCES = """
 The tide turns twice a day, and for a few minutes the water in the harbour stands still.

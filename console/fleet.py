@@ -63,6 +63,7 @@ class Fleet:
         self._connections: dict[str, Connection] = {}
         self._connection_of: dict[str, str] = {}  # worker id -> connection id
         self._join_tokens = jointokens.SpentTokens()
+        self._held: dict[str, Tokens] = {}  # first ids that wait for their request's KV to move
         self._gaps: set[str] = set()  # requests whose journal waits for ids
         self._resent_at_s: dict[str, float] = {}
 
@@ -163,6 +164,7 @@ class Fleet:
         request_id = live.request_id
         if self.requests.pop(request_id, None) is None:
             return
+        self._held.pop(request_id, None)
         self._gaps.discard(request_id)
         self._resent_at_s.pop(request_id, None)
         self.handle(domain.Finished(request_id, status, len(live.journal.ids)))
@@ -180,13 +182,31 @@ class Fleet:
         )
         finish_reason = None if was_finished else journal.finish_reason
         if fresh or finish_reason is not None:
-            live.events.put_nowait(Tokens(fresh, finish_reason))
+            self._pass_on(live, worker_id, Tokens(fresh, finish_reason))
         if finish_reason == "error":
             logger.warning("sequence failed request=%s worker=%s", report.request_id, worker_id)
         if journal.missing_since_s is None:
             self._gaps.discard(report.request_id)
         else:
             self._gaps.add(report.request_id)
+
+    def _pass_on(self, live: LiveRequest, worker_id: str, tokens: Tokens) -> None:
+        """To the gateway, in order. The first id of a prompt that is handed off waits for its KV:
+        TTFT contains the transfer, as predicted, and the stream does not stop after one token."""
+        is_first = live.journal.next_seq == len(tokens.token_ids) and tokens.finish_reason is None
+        placement = live.placement
+        is_moving = placement is not None and placement.split == "handoff"
+        if is_first and is_moving and worker_id == placement.prefill_worker:
+            self._held[live.request_id] = tokens
+            return
+        self._release(live)
+        live.events.put_nowait(tokens)
+
+    def _release(self, live: LiveRequest) -> None:
+        """The transfer has ended, well or not, or later ids are here already."""
+        held = self._held.pop(live.request_id, None)
+        if held is not None:
+            live.events.put_nowait(held)
 
     def _has_all_ids(self, request_id: str) -> bool:
         live = self.requests.get(request_id)
@@ -305,6 +325,7 @@ class Fleet:
             case domain.Decided():
                 self._decided(live, command)
             case domain.HandoffCounted(bytes=num_bytes, seconds=seconds, recomputed_tokens=tokens):
+                self._release(live)
                 live.handoff_bytes += num_bytes
                 live.handoff_ms += seconds * 1000
                 live.handoff_recomputed_tokens += tokens
@@ -322,4 +343,5 @@ class Fleet:
         live.decisions.append(decided.record)
         if isinstance(decided.outcome, domain.Placed):
             live.placement, live.epoch = decided.outcome.placement, decided.outcome.epoch
+        self._release(live)
         live.events.put_nowait(decided)

@@ -17,6 +17,7 @@ from tests.e2e.harness import MODELLED, until
 pytestmark = [pytest.mark.browser, pytest.mark.serial]
 both_schemes = pytest.mark.parametrize("scheme", ["light", "dark"])
 NUM_KNOWN = 17
+ROUNDS_MAX = 3
 LIVE = "document.getElementById('live-pill').classList.contains('is-live')"
 
 
@@ -63,7 +64,7 @@ def counter(page, name):
 
 def eventually(page, expression, arg=None):
     """Polls from here: Playwright's own wait evaluates text in the page, which our policy bars."""
-    until(lambda: page.evaluate(expression, arg), expression, limit_s=30)
+    until(lambda: page.evaluate(expression, arg), expression, limit_s=90)
 
 
 def wait_live(page):
@@ -72,7 +73,20 @@ def wait_live(page):
 
 @both_schemes
 def test_known_requests_are_counted_exactly_and_timed_as_their_client_timed_them(session, server):
+    """Counts hold in every round; times in one of ROUNDS_MAX, since a busy machine may wake the
+    client late, which no server can see."""
     wait_live(session)
+    disagreements = []
+    for _ in range(ROUNDS_MAX):
+        disagreement = disagreement_of_one_round(session, server)
+        if not disagreement:
+            return
+        disagreements.append(disagreement)
+    raise AssertionError(disagreements)
+
+
+def disagreement_of_one_round(session, server):
+    """Send NUM_KNOWN requests, assert the counters, and compare the percentiles."""
     before = {name: counter(session, name) for name in ("requests_total", "completed", "failed")}
     measured = [send_one(server) for _ in range(NUM_KNOWN)]
     total = before["requests_total"] + NUM_KNOWN
@@ -95,7 +109,9 @@ def test_known_requests_are_counted_exactly_and_timed_as_their_client_timed_them
             ours_s = shown_s(session, f"classes/interactive/{name}_ms_p{q * 100:.0f}")
             theirs_s = quantile(values_s, q)
             distance = abs(bisect_left(bounds_s, ours_s) - bisect_left(bounds_s, theirs_s))
-            assert distance <= 1, f"{name} p{q * 100:.0f}: shown {ours_s}, measured {theirs_s}"
+            if distance > 1:
+                return f"{name} p{q * 100:.0f}: shown {ours_s}, measured {theirs_s}"
+    return ""
 
 
 @both_schemes
@@ -140,7 +156,7 @@ def test_a_wrong_key_is_refused_in_words(browser, server):
     page.fill("#prompt", "hello")
     page.click("#send")
     assert "Enter a tenant key" in page.text_content("#play-error")
-    page.fill("#key", server.api_key[:-1] + "x")
+    page.fill("#key", server.api_key[:-1] + ("y" if server.api_key.endswith("x") else "x"))
     page.click("#send")
     eventually(page, "document.getElementById('play-error').textContent.startsWith('401')")
     page.close()

@@ -254,12 +254,54 @@ def test_lost_worker_hands_its_request_on_with_what_was_delivered():
     assert tokens(live)[-1] == Tokens([12], "stop")
 
 
-def test_handoff_that_fails_after_the_last_id_moves_nothing():
+def handoff():
+    """A prompt that c1 computes and c2 goes on with."""
     rig = Rig()
     rig.join("c1", "prefill")
     rig.join("c2", "decode")
     live = rig.submit(prompt_tokens=400)
     assert live.placement.split == "handoff"
+    events(live)
+    return rig, live
+
+
+def test_first_id_of_a_handoff_waits_for_its_kv():
+    rig, live = handoff()
+    rig.report("c1", live, 0, [10])
+    assert tokens(live) == []
+    done = protocol.HandoffDone(live.request_id, live.epoch, 25, 1000, 0.1)
+    rig.fleet.received("c2", done)
+    assert tokens(live) == [Tokens([10], None)]
+    rig.report("c2", live, 1, [11])
+    assert tokens(live) == [Tokens([11], None)]
+
+
+def test_first_id_is_not_held_behind_later_ones():
+    rig, live = handoff()
+    done = protocol.HandoffDone(live.request_id, live.epoch, 25, 1000, 0.1)
+    rig.fleet.received("c2", done)
+    rig.report("c1", live, 0, [10])  # its socket was slower
+    rig.report("c2", live, 1, [11])
+    assert tokens(live) == [Tokens([10], None), Tokens([11], None)]
+
+
+def test_first_id_goes_out_when_the_prefill_worker_is_lost():
+    rig, live = handoff()
+    rig.report("c1", live, 0, [10])
+    rig.fleet.disconnected("c1")
+    assert tokens(live) == [Tokens([10], None)]
+
+
+def test_held_id_of_a_request_that_ended_is_forgotten():
+    rig, live = handoff()
+    rig.report("c1", live, 0, [10])
+    rig.fleet.finished(live, "cancelled")
+    assert tokens(live) == []
+    assert rig.fleet._held == {}
+
+
+def test_handoff_that_fails_after_the_last_id_moves_nothing():
+    rig, live = handoff()
     rig.report("c1", live, 0, [10], finish="stop")
     epoch = live.epoch
     rig.fleet.received("c2", protocol.HandoffFailed(live.request_id, epoch, "refused"))
@@ -268,14 +310,12 @@ def test_handoff_that_fails_after_the_last_id_moves_nothing():
 
 
 def test_handoff_that_fails_before_it_moves_the_request():
-    rig = Rig()
-    rig.join("c1", "prefill")
-    rig.join("c2", "decode")
-    live = rig.submit(prompt_tokens=400)
+    rig, live = handoff()
     rig.report("c1", live, 0, [10])
     epoch = live.epoch
     rig.fleet.received("c2", protocol.HandoffFailed(live.request_id, epoch, "refused"))
     assert live.epoch > epoch
+    assert tokens(live) == [Tokens([10], None)]
 
 
 def test_request_without_a_worker_ends_as_a_decision():
