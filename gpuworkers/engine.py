@@ -42,7 +42,11 @@ class Runner(Protocol):
     kv: KVStore
     eos_token_ids: frozenset[int]
 
-    def run(self, plan: scheduler.Plan) -> RunResult: ...
+    def run(
+        self, plan: scheduler.Plan, layer_written: Callable[[int], None] | None = None
+    ) -> RunResult:
+        """`layer_written` is called when the KV of all rows is in a layer, with its number."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,9 @@ class Engine:
         self._ended = EndedSequences(config.finished_kept_max)
         self._reports: list[protocol.SequenceReport] = []  # to go with the next step
         self._meter = LoadMeter()
+        # Hears of each layer whose KV is complete for a prompt that goes to a peer: its key, its
+        # blocks, the layer. Called in the middle of a step, by the thread that runs it.
+        self.layer_listener: Callable[[Key, list[int], int], None] | None = None
 
     # --- assignments
 
@@ -260,7 +267,7 @@ class Engine:
         measured_s = 0.0
         if plan.rows:
             started_at_s = clock()
-            result = self.runner.run(plan)
+            result = self._run(plan)
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
             self.step_model.observe(plan.features, measured_s)
@@ -270,6 +277,19 @@ class Engine:
             self.check_integrity()
         reports, self._reports = self._reports, []
         return StepResult(reports, ready, measured_s)
+
+    def _run(self, plan: scheduler.Plan) -> RunResult:
+        listener = self.layer_listener
+        leaving = [r.sequence for r in plan.rows if r.samples and r.sequence.stage == "prefill"]
+        if listener is None or not leaving:
+            return self.runner.run(plan)
+        prompts = [(s.key, self.blocks_of(*s.key)) for s in leaving]
+
+        def written(layer: int) -> None:
+            for key, block_ids in prompts:
+                listener(key, block_ids, layer)
+
+        return self.runner.run(plan, written)
 
     def _next_batch(self) -> Sequence | None:
         """The oldest waiting batch sequence, when it may get its blocks now."""

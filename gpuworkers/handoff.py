@@ -1,8 +1,10 @@
 """KV from a prefill worker to a decode worker, over one TCP connection for each transfer.
 
 The decode worker connects and shows the one-time capability that the control plane issued to both.
-The prefill worker answers when the prompt is computed: a fixed header, then layer after layer, each
-with a checksum keyed by the capability, so that a stale or swapped piece fails like a damaged one.
+The prefill worker answers when the last part of the prompt is being computed: a fixed header, then
+layer after layer as soon as each is computed, so that the transfer overlaps with the later layers;
+each has a checksum keyed by the capability, so that a stale or swapped piece fails like a damaged
+one. The ids sampled at the end of the prompt come last.
 Every size is checked against what the receiver reserved before anything is allocated. Layers are
 read and written between two awaits of the event loop; the blocks belong to the transfer until the
 other side has confirmed, failed, or the lease is over.
@@ -10,13 +12,24 @@ other side has confirmed, failed, or the lease is over.
 
 import asyncio
 import logging
-import struct
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from controlplane import protocol
 from gpuworkers import handoffwire
 from gpuworkers.engine import Key
+from gpuworkers.handoffcarrier import (
+    NO_HOST,
+    SHARED_BYTES_MAX,
+    Inlet,
+    Outlet,
+    SharedInlet,
+    SharedOutlet,
+    TcpInlet,
+    TcpOutlet,
+    host_identity,
+)
 from gpuworkers.handoffwire import HandoffError
 from gpuworkers.kvstore import KVStore
 
@@ -28,6 +41,7 @@ REQUEST_S_MAX = 5.0  # from the open socket to the whole request
 EARLY_S_MAX = 2.0  # a peer may ask before our own Assign arrives
 READY_S_MAX = 120.0  # the peer gives up earlier by its own timeout
 SEND_S_MAX = 30.0
+SENT_KEPT_MAX = 32  # transfers whose times are remembered
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +65,27 @@ class _Lease:
     lease_s: float
     block_ids: list[int] = field(default_factory=list)
     first_ids: list[int] = field(default_factory=list)
+    computed_at_s: list[float] = field(default_factory=list)  # of each layer that is computed
     is_taken: bool = False
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
     is_over: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     expiry: asyncio.TimerHandle | None = None
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for a change after which `holds()`, or for the end. One waiter at a time."""
+        while not holds() and not self.is_over:
+            self.changed.clear()
+            await self.changed.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class SentLayers:
+    """When each layer of a transfer was computed, and when it had left; one clock."""
+
+    key: Key
+    carrier: str
+    computed_at_s: list[float]
+    left_at_s: list[float]
 
 
 class HandoffServer:
@@ -75,6 +106,8 @@ class HandoffServer:
         self._sending = asyncio.Semaphore(TRANSFERS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._host = host_identity()
+        self.sent_layers: deque[SentLayers] = deque(maxlen=SENT_KEPT_MAX)
 
     async def start(self, host: str) -> str:
         """Listens on a free port of one interface; returns host:port for peers."""
@@ -104,15 +137,25 @@ class HandoffServer:
             early.set()
         return True
 
+    def layer_computed(self, key: Key, block_ids: list[int], at_s: float) -> None:
+        """The next layer of the whole prompt is in the blocks; the others are still computed."""
+        lease = self._by_key.get(key)
+        if lease is not None:
+            lease.block_ids = block_ids
+            lease.computed_at_s.append(at_s)
+            lease.changed.set()
+
     def ready(self, key: Key, block_ids: list[int], first_ids: list[int]) -> bool:
         """The prompt is computed: the lease begins. False when it was revoked meanwhile."""
         lease = self._by_key.get(key)
         if lease is None:
             return False
-        lease.block_ids, lease.first_ids = block_ids, first_ids
         loop = asyncio.get_running_loop()
+        lease.block_ids, lease.first_ids = block_ids, first_ids
+        missing = self._kv.num_layers - len(lease.computed_at_s)
+        lease.computed_at_s += [loop.time()] * missing
         lease.expiry = loop.call_later(lease.lease_s, self._end, lease, self._dropped)
-        lease.ready.set()
+        lease.changed.set()
         return True
 
     def revoke(self, key: Key) -> None:
@@ -136,7 +179,7 @@ class HandoffServer:
         if lease.expiry is not None:
             lease.expiry.cancel()
         del self._by_key[lease.key], self._by_digest[lease.digest]
-        lease.ready.set()
+        lease.changed.set()
         if report is not None:
             report(lease.key)
 
@@ -155,20 +198,19 @@ class HandoffServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(REQUEST_S_MAX):
-            digest = await handoffwire.read_request(reader)
+            digest, host = await handoffwire.read_request(reader)
         lease = await self._claim(digest)
         if lease is not None:
             async with asyncio.timeout(READY_S_MAX):
-                await lease.ready.wait()
+                await lease.until(lambda: bool(lease.computed_at_s))
         if lease is None or lease.is_over:
             writer.write(handoffwire.REFUSAL)
             await writer.drain()
             return
         try:
             async with asyncio.timeout(SEND_S_MAX), self._sending:
-                await self._send(lease, writer)
-                is_confirmed = await reader.readexactly(1) == handoffwire.ACK
-        except (OSError, asyncio.IncompleteReadError):  # OSError includes TimeoutError
+                is_confirmed = await self._send(lease, reader, writer, host)
+        except (OSError, asyncio.IncompleteReadError, HandoffError):  # OSError: TimeoutError too
             self._end(lease, self._dropped)  # the capability is spent: nobody will come again
             raise
         self._end(lease, self._sent if is_confirmed else self._dropped)
@@ -190,35 +232,77 @@ class HandoffServer:
         lease.is_taken = True
         return lease
 
-    async def _send(self, lease: _Lease, writer: asyncio.StreamWriter) -> None:
-        kv = self._kv
+    async def _send(
+        self,
+        lease: _Lease,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        host: bytes,
+    ) -> bool:
+        """True when the receiver has confirmed."""
+        kv, loop = self._kv, asyncio.get_running_loop()
         if lease.is_over:  # while others were sending
             raise HandoffError("refused", f"{lease.key} is over")
-        writer.write(
-            handoffwire.pack_header(
-                kv, lease.digest, len(lease.block_ids), lease.tokens, lease.first_ids
+        name, outlet = self._outlet(len(lease.block_ids), writer, host)
+        sent = SentLayers(lease.key, name, lease.computed_at_s, [])
+        blocks = len(lease.block_ids)
+        try:
+            header = handoffwire.pack_header(
+                kv, lease.digest, blocks, lease.tokens, name, outlet.place
             )
-        )
-        for layer in range(kv.num_layers):
-            if lease.is_over:
-                raise HandoffError("refused", f"{lease.key} ended in the middle")
-            data = kv.read(layer, lease.block_ids)
-            writer.write(data)
-            writer.write(handoffwire.checksum(lease.digest, layer, data))
+            writer.write(header)
+            for layer in range(kv.num_layers):
+                await lease.until(lambda layer=layer: len(lease.computed_at_s) > layer)
+                _check_lasts(lease)
+                data = kv.read(layer, lease.block_ids)
+                await outlet.put(layer, data)
+                writer.write(handoffwire.checksum(lease.digest, layer, data))
+                await writer.drain()
+                sent.left_at_s.append(loop.time())
+            await lease.until(lambda: bool(lease.first_ids))
+            _check_lasts(lease)
+            writer.write(handoffwire.pack_trailer(lease.digest, lease.first_ids))
             await writer.drain()
+            self.sent_layers.append(sent)
+            return await reader.readexactly(1) == handoffwire.ACK
+        finally:  # after the receiver's answer: shared memory must last as long
+            outlet.close()
+
+    def _outlet(
+        self, num_blocks: int, writer: asyncio.StreamWriter, host: bytes
+    ) -> tuple[str, Outlet]:
+        """Shared memory for a peer on this host, else the connection."""
+        layer_bytes = num_blocks * self._kv.layer_block_bytes
+        is_small = self._kv.num_layers * layer_bytes <= SHARED_BYTES_MAX
+        if host != NO_HOST and host == self._host and is_small:
+            try:
+                return "shared", SharedOutlet(self._kv.num_layers, layer_bytes)
+            except OSError as error:  # no memory or descriptors left: the connection will do
+                logger.warning("no shared memory bytes=%d error=%s", layer_bytes, error)
+        return "tcp", TcpOutlet(writer)
+
+
+def _check_lasts(lease: _Lease) -> None:
+    if lease.is_over:
+        raise HandoffError("refused", f"{lease.key} ended in the middle")
 
 
 async def fetch(
-    source: protocol.HandoffIn, kv: KVStore, block_ids: list[int], tokens: int
+    source: protocol.HandoffIn,
+    kv: KVStore,
+    block_ids: list[int],
+    tokens: int,
+    own_host: bytes = NO_HOST,
 ) -> Fetched:
-    """Fetch the KV of `tokens` tokens into our blocks. Raises HandoffError; blocks may then hold
-    parts of a transfer. A caller that cancels may reuse the blocks at once."""
+    """Fetch the KV of `tokens` tokens into our blocks; with host_identity() a peer on this host may
+    use shared memory. Raises HandoffError; blocks may then hold parts of a transfer. A caller that
+    cancels may reuse the blocks at once."""
     host, port = _host_port(source.address)
     writer = None
     try:
         async with asyncio.timeout(source.timeout_s):
             reader, writer = await asyncio.open_connection(host, port, limit=READ_BYTES)
-            return await _fetch(reader, writer, source.capability, kv, block_ids, tokens)
+            return await _fetch(reader, writer, source.capability, kv, block_ids, tokens, own_host)
     except TimeoutError:
         raise HandoffError("timeout", f"nothing usable within {source.timeout_s} s") from None
     except asyncio.IncompleteReadError as error:
@@ -244,29 +328,39 @@ async def _fetch(
     kv: KVStore,
     block_ids: list[int],
     tokens: int,
+    own_host: bytes,
 ) -> Fetched:
     shown = capability.encode()
     digest = handoffwire.digest_of(capability)
-    writer.write(
-        handoffwire.REQUEST.pack(handoffwire.MAGIC, handoffwire.VERSION, len(shown)) + shown
-    )
+    request = (handoffwire.MAGIC, handoffwire.VERSION, len(shown), own_host)
+    writer.write(handoffwire.REQUEST.pack(*request) + shown)
     header = await reader.readexactly(handoffwire.HEADER.size)
     started_at_s = asyncio.get_running_loop().time()
-    num_first_ids = handoffwire.check_header(header, kv, len(block_ids), tokens)
-    header += await reader.readexactly(4 * num_first_ids)
-    handoffwire.verify(digest, -1, header, await reader.readexactly(handoffwire.CHECKSUM_BYTES))
+    carrier, place = handoffwire.check_header(header, kv, len(block_ids), tokens)
+    shown_sum = await reader.readexactly(handoffwire.CHECKSUM_BYTES)
+    handoffwire.verify(digest, handoffwire.HEADER_LAYER, header, shown_sum)
     layer_bytes = kv.layer_block_bytes * len(block_ids)
-    for layer in range(kv.num_layers):
-        data = await reader.readexactly(layer_bytes)
-        handoffwire.verify(
-            digest, layer, data, await reader.readexactly(handoffwire.CHECKSUM_BYTES)
-        )
-        try:
-            kv.write(layer, block_ids, data)
-        except ValueError as error:  # correctly sent, yet no KV: values that are not finite
-            raise HandoffError("malformed", str(error)) from None
+    inlet: Inlet = TcpInlet(reader, layer_bytes)
+    if carrier == "shared":
+        if own_host == NO_HOST:
+            raise HandoffError("malformed", "shared memory that was not asked for")
+        inlet = SharedInlet(place, kv.num_layers, layer_bytes, reader)
+    try:
+        for layer in range(kv.num_layers):
+            data, shown_sum = await inlet.get(layer)
+            handoffwire.verify(digest, layer, data, shown_sum)
+            _install(kv, layer, block_ids, data)
+    finally:
+        inlet.close()
+    first_ids = await handoffwire.read_trailer(reader, digest)
     seconds = asyncio.get_running_loop().time() - started_at_s
     writer.write(handoffwire.ACK)
     await writer.drain()
-    first_ids = list(struct.unpack_from(f"<{num_first_ids}I", header, handoffwire.HEADER.size))
     return Fetched(first_ids, kv.num_layers * layer_bytes, seconds)
+
+
+def _install(kv: KVStore, layer: int, block_ids: list[int], data: bytes) -> None:
+    try:
+        kv.write(layer, block_ids, data)
+    except ValueError as error:  # correctly sent, yet no KV: values that are not finite
+        raise HandoffError("malformed", str(error)) from None

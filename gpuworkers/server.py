@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from controlplane import protocol
 from controlplane.errors import ProtocolError
-from gpuworkers import handoff, handoffwire
+from gpuworkers import handoff, handoffcarrier, handoffwire
 from gpuworkers.driver import Driver, Turn, call
 from gpuworkers.engine import Engine, Key
 from gpuworkers.heartbeat import Heart
@@ -55,6 +55,8 @@ class Worker:
         self._link = Link(facts.join_url, facts.token, self, uniform)
         self._heart = Heart(self._link, self._driver)
         self._handoffs = handoff.HandoffServer(engine.runner.kv, self._sent, self._dropped)
+        engine.layer_listener = self._layer_written
+        self._host = handoffcarrier.host_identity()
         self._address = ""
         self._is_drained_told = False
         self._arriving: dict[str, int] = {}  # request id -> epoch of a `decode` assignment
@@ -198,7 +200,9 @@ class Worker:
         tokens = len(message.prompt_ids) + len(message.delivered)
         assert message.handoff_in is not None
         try:
-            fetched = await handoff.fetch(message.handoff_in, engine.runner.kv, block_ids, tokens)
+            fetched = await handoff.fetch(
+                message.handoff_in, engine.runner.kv, block_ids, tokens, self._host
+            )
         except handoffwire.HandoffError as error:
             logger.warning("handoff failed request=%s epoch=%d %s", *key, error)
             self._driver.post(functools.partial(engine.abandon, *key))
@@ -226,6 +230,10 @@ class Worker:
         self._driver.post(functools.partial(self._engine.abandon, *key))
 
     # --- from the engine
+
+    def _layer_written(self, key: Key, block_ids: list[int], layer: int) -> None:
+        """In the middle of a step, on the engine's thread."""
+        self._to_loop(self._handoffs.layer_computed, key, block_ids, self._loop.time())
 
     def _resend(self, message: protocol.Resend) -> None:
         """Runs between two steps."""

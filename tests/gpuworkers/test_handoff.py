@@ -12,6 +12,7 @@ from gpuworkers import handoff, handoffwire
 from gpuworkers.engine import Key
 from gpuworkers.fake import FakeKV
 from gpuworkers.handoff import HandoffServer, fetch
+from gpuworkers.handoffcarrier import NO_HOST
 from gpuworkers.handoffwire import HEADER, MAGIC, REQUEST, VERSION, HandoffError
 from tests.gpuworkers.flipproxy import FlipProxy
 
@@ -19,8 +20,9 @@ KEY = ("r", 1)
 CAPABILITY = "one-time"
 TOKENS = 40  # three blocks of 16
 SOURCE_BLOCKS, OWN_BLOCKS = [5, 2, 7], [0, 6, 3]
-HEADER_BYTES = HEADER.size + 4 + handoffwire.CHECKSUM_BYTES  # with one first id
+HEADER_BYTES = HEADER.size + handoffwire.CHECKSUM_BYTES
 LAYER_BYTES = 3 * FakeKV.layer_block_bytes
+TRAILER_AT = HEADER_BYTES + 2 * (LAYER_BYTES + handoffwire.CHECKSUM_BYTES)
 
 
 class Sender:
@@ -133,7 +135,6 @@ async def test_revoked_offer_is_refused_even_to_a_peer_that_waits(sender: Sender
 @pytest.mark.parametrize(
     "offset",
     [
-        HEADER.size,  # first id
         HEADER_BYTES - 1,  # checksum of the header
         HEADER_BYTES,  # first layer
         HEADER_BYTES + LAYER_BYTES,  # its checksum
@@ -141,6 +142,8 @@ async def test_revoked_offer_is_refused_even_to_a_peer_that_waits(sender: Sender
         + 2 * LAYER_BYTES
         + handoffwire.CHECKSUM_BYTES
         - 1,  # last byte of the last layer
+        TRAILER_AT + 4,  # first id
+        TRAILER_AT + 8,  # its checksum
     ],
 )
 async def test_one_flipped_bit_anywhere_behind_the_shape_is_a_checksum_failure(
@@ -177,7 +180,7 @@ async def test_peer_that_dies_in_the_middle_is_unreachable(sender: Sender, cut_a
 async def test_receiver_that_dies_in_the_middle_lets_the_sender_free(sender: Sender) -> None:
     sender.offer()
     reader, writer = await asyncio.open_connection(*sender.address.split(":"))
-    writer.write(REQUEST.pack(MAGIC, VERSION, len(CAPABILITY)) + CAPABILITY.encode())
+    writer.write(REQUEST.pack(MAGIC, VERSION, len(CAPABILITY), NO_HOST) + CAPABILITY.encode())
     sender.ready()
     await reader.readexactly(HEADER_BYTES)
     writer.close()
@@ -220,7 +223,8 @@ async def test_address_that_leads_nowhere_is_unreachable(address: str) -> None:
 def header(**changes: int) -> bytes:
     fields = {
         "version": VERSION, "status": 0, "dtype": 3, "layers": 2, "layer_block_bytes": 16,
-        "blocks": 3, "block_tokens": 16, "tokens": TOKENS, "first_ids": 1,
+        "blocks": 3, "block_tokens": 16, "tokens": TOKENS, "carrier": 1, "process": 0,
+        "descriptor": 0,
     } | changes  # fmt: skip
     return HEADER.pack(MAGIC, *fields.values())
 
@@ -229,7 +233,7 @@ def header(**changes: int) -> bytes:
     "wrong",
     [
         b"GET / HTTP/1.1\r\n" * 4,
-        header(version=2),
+        header(version=VERSION + 1),
         header(dtype=1),
         header(layers=2**32 - 1),
         header(layer_block_bytes=2**32 - 1),
@@ -237,11 +241,10 @@ def header(**changes: int) -> bytes:
         header(blocks=2),
         header(block_tokens=64),
         header(tokens=TOKENS + 1),
-        header(first_ids=0),
-        header(first_ids=17),
-        header(first_ids=2**32 - 1),
+        header(carrier=0),
+        header(carrier=3),
     ],
-    ids=range(12),
+    ids=range(11),
 )
 async def test_header_of_another_shape_is_refused_before_anything_else_is_read(
     wrong: bytes,
@@ -275,9 +278,9 @@ async def peer_sending(answer: bytes) -> AsyncIterator[str]:
     "request_bytes",
     [
         b"\x00" * REQUEST.size,
-        REQUEST.pack(MAGIC, VERSION + 1, 8) + b"one-time",
-        REQUEST.pack(MAGIC, VERSION, 0),
-        REQUEST.pack(MAGIC, VERSION, handoffwire.CAPABILITY_BYTES_MAX + 1),
+        REQUEST.pack(MAGIC, VERSION + 1, 8, NO_HOST) + b"one-time",
+        REQUEST.pack(MAGIC, VERSION, 0, NO_HOST),
+        REQUEST.pack(MAGIC, VERSION, handoffwire.CAPABILITY_BYTES_MAX + 1, NO_HOST),
     ],
 )
 async def test_malformed_request_is_closed_without_an_answer(
@@ -292,7 +295,7 @@ async def test_malformed_request_is_closed_without_an_answer(
 
 async def test_request_that_is_not_utf8_is_refused(sender: Sender) -> None:
     reader, writer = await asyncio.open_connection(*sender.address.split(":"))
-    writer.write(REQUEST.pack(MAGIC, VERSION, 4) + b"\xff\xfe\xfd\xfc")
+    writer.write(REQUEST.pack(MAGIC, VERSION, 4, NO_HOST) + b"\xff\xfe\xfd\xfc")
     async with asyncio.timeout(20):
         answer = await reader.readexactly(HEADER.size)
     assert HEADER.unpack(answer)[2] == handoffwire.STATUS_REFUSED

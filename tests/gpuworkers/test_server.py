@@ -297,7 +297,7 @@ async def test_flipped_bit_is_caught_and_the_request_computed_again() -> None:
     alone = await undisturbed(PROMPT, 24)
     engines = make_engine(), make_engine()
     async with StubConsole() as console, running(console, *engines):
-        async with FlipProxy(console.hellos[0].handoff_address, flip_at=150) as proxy:
+        async with FlipProxy(console.hellos[0].handoff_address, flip_at=60) as proxy:
             await send_pair(console, PROMPT, 24, proxy.address)
             await console.until(lambda: bool(console.of(protocol.HandoffFailed, "r")))
         assert console.of(protocol.HandoffFailed, "r") == [
