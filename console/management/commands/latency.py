@@ -24,7 +24,7 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--saved", type=Path, help="model file of a worker")
         parser.add_argument("--table", default="llama-3.1-8b-bf16-tp1", help="step table")
-        parser.add_argument("--seconds", type=float, default=700.0, help="virtual")
+        parser.add_argument("--seconds", type=float, default=800.0, help="virtual")
         parser.add_argument("--itl", type=float, default=0.05, help="target in seconds")
         parser.add_argument("--export", type=Path, help="write the coefficients here")
         parser.add_argument("--json", action="store_true")
