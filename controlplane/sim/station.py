@@ -116,8 +116,7 @@ class Station:
 
     def _arrive(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
-        self._admit()
-        if not self._is_busy:
+        if not self._is_busy:  # else at the end of the step, whose rows must keep their KV
             self._start()
 
     def _admit(self) -> None:
