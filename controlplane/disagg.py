@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import Candidate
+from controlplane.latency import prompt_token_s
 from controlplane.registry import Worker
 
 TOKENS_NEVER = 1 << 30  # a threshold no prompt reaches: the transfer costs more than it saves
@@ -66,7 +67,7 @@ def threshold_tokens(
     A local prompt of u tokens stalls `rows_stalled` decode rows (one that is expected, when there
     is none now) for u·g seconds; handing off costs setup + u·transfer.
     """
-    saved_s = config.handoff_gain * decode.step_model.per_token_s * max(1, rows_stalled)
+    saved_s = config.handoff_gain * prompt_token_s(decode.step_model) * max(1, rows_stalled)
     saved_s -= transfer_per_token_s
     if saved_s <= 0.0:
         return TOKENS_NEVER

@@ -46,11 +46,15 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
 
 class StepModel(msgspec.Struct, frozen=True):
-    """Step-time model: seconds = base + per_token · token rows + per_context · context tokens."""
+    """Step-time model: seconds by what a step computes; latency.step_s is the formula."""
 
     base_s: float
     per_token_s: float
     per_context_token_s: float
+    # added for each token row beyond latency.HINGE_ROWS, where the weights' read hides no more
+    per_token_over_s: tuple[float, float] = (0.0, 0.0)
+    per_sequence_s: float = 0.0
+    per_chunk_context_token_s: float | None = None  # None: chunks read context like decode rows
 
 
 class LiveSequence(msgspec.Struct, frozen=True):
@@ -106,6 +110,14 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     free_blocks: int
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities by the model, before any sampling parameter."""
+
+    logprob: float  # of the output id
+    top_ids: list[int]  # the likeliest ids, likeliest first
+    top_logprobs: list[float]
+
+
 class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
     """What one step did for one sequence of this link."""
 
@@ -117,6 +129,8 @@ class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
     prefill_tokens: int  # prompt tokens computed in this step
     cached_tokens: int  # prompt tokens found in the prefix cache (whole sequence)
     context_tokens: int
+    # One per id where the request asked for them, else empty; None for ids of an earlier worker.
+    logprobs: list[TokenLogprobs | None] = []
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
@@ -204,6 +218,9 @@ class Policy(msgspec.Struct, frozen=True):
     kappa: float = 0.6  # share of the strictest ITL target that batch rows may fill
     tau_idle_s: float = 0.25  # longest step when no online row is present
     batch_rows_max: int = 64
+    chunk_tokens_max: int = 512  # of one sequence in one step
+    step_tokens_max: int = 1024  # token rows of one step; bounds activation memory
+    first_token_share: float = 0.25  # of batch's target, in a step that yields a first token
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -236,6 +253,8 @@ class Sampling(msgspec.Struct, frozen=True):
     stop_token_ids: list[int] = []
     output_tokens_min: int = 0
     ignore_eos: bool = False
+    min_p: float = 0.0  # 0: off
+    logprobs: int | None = None  # likeliest ids to report beside each id; None: no logprobs
 
 
 class ClassTargets(msgspec.Struct, frozen=True):

@@ -11,16 +11,7 @@ from math import isfinite
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
-
-
-def is_sound(model: protocol.StepModel) -> bool:
-    """A step takes time, and more work never takes less."""
-    return (
-        isfinite(model.base_s + model.per_token_s + model.per_context_token_s)
-        and model.base_s > 0.0
-        and model.per_token_s >= 0.0
-        and model.per_context_token_s >= 0.0
-    )
+from controlplane.latency import is_sound
 
 
 @dataclass(slots=True)

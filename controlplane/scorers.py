@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import Candidate, GenerateRequest
-from controlplane.latency import CONTEXT_TILE, StepFeatures, step_s
+from controlplane.latency import (
+    CONTEXT_TILE,
+    StepFeatures,
+    prompt_context_token_s,
+    prompt_token_s,
+    step_s,
+)
 from controlplane.protocol import StepModel
 from controlplane.registry import Worker
 
@@ -49,8 +55,8 @@ def prefill_s(
     once per chunk. Source: algorithms.md 2d, F_local = W + u·g·theta / (theta - A_dec).
     """
     passes = -(-tokens // CONTEXT_TILE)
-    work_s = model.per_token_s * tokens
-    work_s += model.per_context_token_s * passes * (start + (tokens + 1) // 2)
+    work_s = prompt_token_s(model) * tokens
+    work_s += prompt_context_token_s(model) * passes * (start + (tokens + 1) // 2)
     fixed_s = max(model.base_s, step_s(model, beside))
     room_s = max(itl_s - fixed_s, ROOM_SHARE_MIN * itl_s, ROOM_S_MIN)
     num_steps = max(1, int(-(-work_s // room_s)))

@@ -17,7 +17,8 @@ import time
 from typing import Any
 
 from controlplane.errors import SlackwaterError
-from gpuworkers import config, driver
+from controlplane.latency import LatencyModel
+from gpuworkers import config, driver, modelfile
 from gpuworkers.config import WorkerConfig
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.link import JoinRefused
@@ -71,6 +72,22 @@ def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any]]:
     return engines
 
 
+def learned_models(
+    worker: WorkerConfig, engines: list[tuple[Engine, Any]]
+) -> list[tuple[LatencyModel, str, str]]:
+    """Latency models worth keeping, each with its model id and device: not modelled ones."""
+    if worker.engine == "fake":
+        return []
+    return [
+        (
+            engine.step_model,
+            engine.model.model_id,
+            f"{device.name} {device.dtype} {worker.numerics}",
+        )
+        for engine, device in engines
+    ]
+
+
 async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any]]) -> None:
     """Runs the workers until a signal. Raises JoinRefused, or what broke an engine."""
     loop = asyncio.get_running_loop()
@@ -119,7 +136,13 @@ def main(argv: list[str]) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             follow_parent(worker.parent_pid)
         os.nice(worker.nice)
-        asyncio.run(serve(worker, load_engines(worker)))
+        engines = load_engines(worker)
+        kept = learned_models(worker, engines)
+        for step_model, model_id, device_name in kept:
+            modelfile.restore(step_model, model_id, device_name)
+        asyncio.run(serve(worker, engines))
+        for step_model, model_id, device_name in kept:
+            modelfile.save(step_model, model_id, device_name)
     except JoinRefused as refused:
         print(f"refused: {refused.reason}", file=sys.stderr, flush=True)
         return EXIT_REFUSED

@@ -1,7 +1,8 @@
 """Paged allocation of KV blocks with prefix reuse; pure bookkeeping, no arrays.
 
 A block is in exactly one state: free (no content), owned (some sequence uses it), leased (only a
-handoff still needs it) or cached (nobody uses it, its content can be found by its hash).
+handoff still needs it) or cached (nobody uses it, its content can be found by its hash). Cached
+blocks that only batch sequences used are evicted before all others, then the ones unused longest.
 Conservation law, checked by `check_integrity`: free + owned + leased + cached == total.
 """
 
@@ -46,6 +47,8 @@ class BlockPool:
         self._names: list[bytes | None] = [None] * num_blocks
         self._by_name: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._cached_batch: OrderedDict[int, None] = OrderedDict()  # only batch used these
+        self._is_online = [False] * num_blocks  # an online sequence used the content
         self._tables: dict[Owner, list[int]] = {}
         self._leases: set[Owner] = set()
 
@@ -57,12 +60,12 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        return len(self._cached)
+        return len(self._cached) + len(self._cached_batch)
 
     @property
     def num_available(self) -> int:
         """Blocks that an allocation can get: free ones and cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.num_cached
 
     @property
     def num_owners(self) -> int:
@@ -88,12 +91,17 @@ class BlockPool:
     def has_room(self, hashes: Seq[bytes], num_blocks: int, reserve: int = 0) -> bool:
         """Can `allocate` with these arguments succeed and leave `reserve` blocks available?"""
         shared = [self._by_name[name] for name in hashes[: self.cached_blocks(hashes)]]
-        taken_from_cache = sum(block_id in self._cached for block_id in shared)
+        taken_from_cache = sum(self._is_cached(block_id) for block_id in shared)
         return num_blocks - len(shared) + taken_from_cache + reserve <= self.num_available
+
+    def _is_cached(self, block_id: int) -> bool:
+        return block_id in self._cached or block_id in self._cached_batch
 
     # --- effects
 
-    def allocate(self, owner: Owner, hashes: Seq[bytes], num_blocks: int) -> int:
+    def allocate(
+        self, owner: Owner, hashes: Seq[bytes], num_blocks: int, is_batch: bool = False
+    ) -> int:
         """Give `owner` a table of `num_blocks` blocks; returns how many of them hold the prefix.
 
         `hashes` names the blocks whose content may be reused, at most num_blocks.
@@ -104,21 +112,31 @@ class BlockPool:
         shared = [self._by_name[name] for name in hashes[: self.cached_blocks(hashes)]]
         for block_id in shared:  # before any eviction, which could take them
             self._cached.pop(block_id, None)
+            self._cached_batch.pop(block_id, None)
             self._users[block_id] += 1
-        fresh = [self._take() for _ in range(num_blocks - len(shared))]
+            self._is_online[block_id] |= not is_batch
+        fresh = [self._take(is_batch) for _ in range(num_blocks - len(shared))]
         self._tables[owner] = shared + fresh
         return len(shared)
 
-    def _take(self) -> int:
+    def grow(self, owner: Owner, num_blocks: int) -> list[int]:
+        """Append fresh blocks to the table of a batch owner; the caller has asked num_available."""
+        assert num_blocks <= self.num_available, (owner, num_blocks, self.num_available)
+        fresh = [self._take(is_batch=True) for _ in range(num_blocks)]
+        self._tables[owner] += fresh
+        return fresh
+
+    def _take(self, is_batch: bool) -> int:
         if self._free:
             block_id = self._free.pop()
         else:
-            block_id, _ = self._cached.popitem(last=False)
+            block_id, _ = (self._cached_batch or self._cached).popitem(last=False)
             name = self._names[block_id]
             assert name is not None, block_id
             del self._by_name[name]
             self._names[block_id] = None
         self._users[block_id] = 1
+        self._is_online[block_id] = not is_batch
         return block_id
 
     def publish(self, owner: Owner, index: int, name: bytes) -> None:
@@ -146,8 +164,10 @@ class BlockPool:
                 continue
             if self._names[block_id] is None:
                 self._free.append(block_id)
-            else:
+            elif self._is_online[block_id]:
                 self._cached[block_id] = None
+            else:
+                self._cached_batch[block_id] = None
 
     def check_integrity(self) -> None:
         """Assert the conservation law and that every count agrees with the tables."""
@@ -164,7 +184,7 @@ class BlockPool:
             f"free {self.num_free} + owned {owned} + leased {leased} + cached {self.num_cached}"
             f" != {self.num_blocks}"
         )
-        idle = set(self._free) | set(self._cached)
+        idle = set(self._free) | set(self._cached) | set(self._cached_batch)
         assert len(idle) == self.num_available, "a block is idle twice"
         assert all(users[i] == lessees[i] == 0 for i in idle), "an idle block is in use"
         assert all(self._names[i] is None for i in self._free), "a free block has a name"

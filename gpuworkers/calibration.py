@@ -26,7 +26,8 @@ def faster_dtype(hidden_size: int, width: int) -> torch.dtype:
 
 
 def _linear_s(hidden_size: int, width: int, dtype: torch.dtype) -> float:
-    weight = linear.pack(torch.ones(2 * width, hidden_size, dtype=dtype), linear.has_packing(dtype))
+    layout: linear.Layout = "packed" if linear.has_packing(dtype) else "plain"
+    weight = linear.pack(torch.ones(2 * width, hidden_size, dtype=dtype), layout)
     total_s = 0.0
     for rows in PROBE_ROWS:
         x = torch.ones(rows, hidden_size, dtype=dtype)

@@ -7,46 +7,32 @@ stop ids) are reported like any other id; the gateway leaves them out of the tex
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from controlplane import protocol
 from controlplane.latency import LatencyModel
 from gpuworkers import blocks, scheduler
+from gpuworkers.kvstore import KVStore
 from gpuworkers.load import LoadMeter
 from gpuworkers.reports import EndedSequences, Key, report
-from gpuworkers.reservation import Reservations
+from gpuworkers.reservation import KVCounts, Reservations
 from gpuworkers.sequence import Sequence, from_assign
 
 SEQUENCES_MAX = 256  # online sequences in hand, and as many batch sequences
 FINISHED_KEPT_MAX = 256  # ended sequences whose ids can still be sent again
 BATCH_RESERVE_RATIO = 0.125  # share of the blocks that batch leaves to online arrivals
-
-
-class KVStore(Protocol):
-    """The KV arrays as bytes: what handoff reads and writes."""
-
-    num_layers: int
-    num_blocks: int
-    block_tokens: int
-    layer_block_bytes: int  # one layer's block: 2 · kv_heads · block_tokens · head_dim · itemsize
-    dtype_name: str
-
-    def read(self, layer: int, block_ids: list[int]) -> bytes:
-        """Blocks of one layer, concatenated; each is one contiguous piece, K then V."""
-        ...
-
-    def write(self, layer: int, block_ids: list[int], data: bytes | memoryview) -> None:
-        """Overwrite blocks of one layer. Raises ValueError on a wrong size."""
-        ...
+HOST_BLOCKS_RATIO = 1.0  # blocks of batch sequences kept in host memory, per block of the pool
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """`token_ids`: one per plan row with `samples`, in plan order; None where no id could be drawn
-    (logits not finite). `modelled_s` stands for the measured time when set."""
+    (logits not finite). `logprobs`: beside each id, or none at all. `modelled_s` stands for the
+    measured time when set."""
 
     token_ids: list[int | None]
+    logprobs: list[protocol.TokenLogprobs | None] = field(default_factory=list)
     modelled_s: float | None = None
 
 
@@ -67,6 +53,7 @@ class EngineConfig:
     sequences_max: int = SEQUENCES_MAX
     finished_kept_max: int = FINISHED_KEPT_MAX
     batch_reserve_ratio: float = BATCH_RESERVE_RATIO
+    host_blocks_ratio: float = HOST_BLOCKS_RATIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +82,8 @@ class Engine:
         self.model = model
         self.role = role
         self.is_draining = False
-        self._kv = Reservations(
-            runner.kv.num_blocks, runner.kv.block_tokens, config.batch_reserve_ratio
-        )
+        host_blocks_max = int(runner.kv.num_blocks * config.host_blocks_ratio)
+        self._kv = Reservations(runner.kv, config.batch_reserve_ratio, host_blocks_max)
         self.pool = self._kv.pool
         self._sequences: dict[Key, Sequence] = {}  # online in order of arrival, batch in turn
         self._epochs: dict[str, int] = {}
@@ -167,6 +153,12 @@ class Engine:
         if key in self._sequences:
             self._drop(self._sequences[key])
 
+    def preempt(self, request_id: str, epoch: int) -> None:
+        """Take the blocks of a running batch sequence now, as an online arrival would."""
+        sequence = self._sequences.get((request_id, epoch))
+        if sequence is not None and sequence.is_batch and sequence.phase == "running":
+            self._kv.preempt(sequence)
+
     def _drop(self, sequence: Sequence) -> None:
         self._kv.free(sequence)
         del self._sequences[sequence.key]
@@ -225,6 +217,11 @@ class Engine:
 
     # --- questions
 
+    @property
+    def kv_counts(self) -> KVCounts:
+        """Preemptions, and what they cost, since the start."""
+        return self._kv.counts
+
     def has_work(self) -> bool:
         """Would `step` do anything now?"""
         if self._reports or any(s.phase == "running" for s in self._sequences.values()):
@@ -256,18 +253,22 @@ class Engine:
 
     def step(self, now_s: float, clock: Callable[[], float]) -> StepResult:
         """Schedule, run, record. `clock` measures the run; now_s is the same clock's time."""
+        self._kv.grow(self._sequences.values())
         self._start_batch()
         plan = scheduler.plan(now_s, self._state(), self.step_model, self.config.policy)
         ready: list[Key] = []
         measured_s = 0.0
         if plan.rows:
             started_at_s = clock()
+            self.step_model.observe_host(max(0.0, started_at_s - now_s))
             result = self.runner.run(plan)
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
             self.step_model.observe(plan.features, measured_s)
             self._meter.add_step(plan, measured_s)
             ready = self._record(plan, result, now_s + measured_s)
+        if plan.rows and not self._sequences:  # idle: what does not add up is found here
+            self.check_integrity()
         reports, self._reports = self._reports, []
         return StepResult(reports, ready, measured_s)
 
@@ -278,7 +279,7 @@ class Engine:
         if not waiting or len(batch) - len(waiting) >= self.config.policy.batch_rows_max:
             return None
         oldest = min(waiting, key=lambda s: (s.arrived_at_s, s.key))
-        return oldest if self._kv.has_room(oldest) else None
+        return oldest if self._kv.has_room(oldest, self._sequences.values()) else None
 
     def _start_batch(self) -> None:
         """Give blocks to waiting batch sequences while the reserve for online ones stays free."""
@@ -298,6 +299,7 @@ class Engine:
         """Take the ids in, publish full blocks, end what has ended; returns ready prefills."""
         ready: list[Key] = []
         token_ids = iter(result.token_ids)
+        logprobs = iter(result.logprobs or [None] * len(result.token_ids))
         for row in plan.rows:
             sequence = row.sequence
             first_block = sequence.computed_tokens // self.pool.block_tokens
@@ -309,11 +311,11 @@ class Engine:
             if not row.samples:
                 self._reports.append(report(sequence, 0, None, prefill_tokens))
                 continue
-            token_id = next(token_ids)
+            token_id, logprob = next(token_ids), next(logprobs)
             if token_id is None:
                 self._end(sequence, "error", 0, prefill_tokens)
                 continue
-            sequence.token_ids.append(token_id)
+            sequence.append(token_id, logprob)
             sequence.last_token_at_s = at_s
             finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
             if finish_reason is not None:
@@ -335,5 +337,7 @@ class Engine:
     ) -> None:
         """Report the end, free the blocks, keep the ids for a while."""
         self._reports.append(report(sequence, num_ids, finish_reason, prefill_tokens))
+        if sequence.is_batch and finish_reason in ("stop", "length"):
+            self._kv.lengths.add(sequence.output_tokens)
         self._drop(sequence)
         self._ended.add(sequence, finish_reason)

@@ -115,7 +115,7 @@ class FakeRunner:
             value = self._compute(row)
             if row.samples:
                 token_ids.append(_draw(row.sequence, value))
-        return RunResult(token_ids, step_s(self._step, plan.features))
+        return RunResult(token_ids, modelled_s=step_s(self._step, plan.features))
 
     def _compute(self, row: PlanRow) -> int:
         """Writes the KV of the row's tokens; returns the hash at its end."""

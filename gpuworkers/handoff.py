@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 from controlplane import protocol
 from gpuworkers import handoffwire
-from gpuworkers.engine import Key, KVStore
+from gpuworkers.engine import Key
 from gpuworkers.handoffwire import HandoffError
+from gpuworkers.kvstore import KVStore
 
 CONNECTIONS_MAX = 512  # accepted, most of them waiting for their prompt
 READ_BYTES = 1 << 20  # taken from the socket before the reader is paused

@@ -5,11 +5,11 @@ import hashlib
 import struct
 
 from controlplane.errors import SlackwaterError
-from gpuworkers.engine import KVStore
+from gpuworkers.kvstore import KVStore
 
 MAGIC = b"SLACKKV\x01"
 VERSION = 1
-DTYPES = {"fp32": 1, "bf16": 2, "modelled": 3}
+DTYPES = {"fp32": 1, "bf16": 2, "modelled": 3, "fp16": 4}
 STATUS_OK, STATUS_REFUSED = 0, 1
 CAPABILITY_BYTES_MAX = 512
 FIRST_IDS_MAX = 16

@@ -91,6 +91,7 @@ class Outbox:
                     old.prefill_tokens + new.prefill_tokens,
                     new.cached_tokens,
                     new.context_tokens,
+                    old.logprobs + new.logprobs,
                 )
                 return
         self._newest[key] = self._taken + len(self._reports)

@@ -26,6 +26,7 @@ def report(
         prefill_tokens,
         sequence.cached_tokens,
         sequence.computed_tokens,
+        sequence.logprobs_from(seq),
     )
 
 
@@ -35,6 +36,7 @@ class _Ended:
     finish_reason: protocol.FinishReason
     cached_tokens: int
     context_tokens: int
+    logprobs: list[protocol.TokenLogprobs | None]
 
 
 class EndedSequences:
@@ -50,7 +52,11 @@ class EndedSequences:
     def add(self, sequence: Sequence, finish_reason: protocol.FinishReason) -> None:
         """Keep the ids of a sequence that has just ended."""
         self._ended[sequence.key] = _Ended(
-            sequence.output_ids, finish_reason, sequence.cached_tokens, sequence.computed_tokens
+            sequence.output_ids,
+            finish_reason,
+            sequence.cached_tokens,
+            sequence.computed_tokens,
+            sequence.logprobs_from(0),
         )
         if len(self._ended) > self._kept_max:
             self._ended.popitem(last=False)
@@ -71,6 +77,7 @@ class EndedSequences:
             0,
             ended.cached_tokens,
             ended.context_tokens,
+            ended.logprobs[seq:],
         )
 
     def live(self) -> list[protocol.LiveSequence]:

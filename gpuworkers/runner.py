@@ -16,20 +16,20 @@ from controlplane.latency import LatencyModel, StepFeatures
 from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes, processor_name
 from gpuworkers.engine import RunResult
 from gpuworkers.kvcache import TorchKVCache
+from gpuworkers.models.config import LlamaConfig, read_config
 from gpuworkers.models.llama import Llama, load_llama
-from gpuworkers.sampler import forbid_early_ends, sampling_table
+from gpuworkers.sampler import edit, logprobs_of, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import Sequence
-from gpuworkers.weights import LlamaConfig, WeightFiles, read_config
+from gpuworkers.weights import WeightFiles
 from kernels.ops import Ops, SequenceTokens
 from kernels.torchops import backend, linear
 
 BLOCK_TOKENS = 16
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUMERICS = ("exact", "fast")
-KV_TOKENS_DEFAULT = 16384  # where memory allows it
+KV_TOKENS_DEFAULT = 16_384  # where memory allows it
 KV_MEMORY_SHARE = 1 / 16  # of physical memory, for the default
-KV_TOKENS_DEFAULT = 16_384
 # (sequences, tokens before, tokens to compute): what calibration runs
 CALIBRATION_STEPS = ((1, 64, 1), (4, 64, 1), (4, 256, 1), (16, 64, 1), (1, 0, 64), (1, 0, 192))
 CALIBRATION_REPEATS = 2
@@ -51,8 +51,9 @@ class TorchRunner:
             sampling = [row.sequence for row in plan.rows if row.samples]
             if not sampling:
                 return RunResult([])
-            forbid_early_ends(logits, sampling, self.eos_token_ids)
-            return RunResult(self.ops.sample(logits, sampling_table(sampling)))
+            edited = edit(logits, sampling, self.eos_token_ids)
+            token_ids = self.ops.sample(edited, sampling_table(sampling))
+            return RunResult(token_ids, logprobs_of(self.ops, logits, sampling, token_ids))
 
     def logits(self, rows: tuple[PlanRow, ...]) -> torch.Tensor:
         """Logits of the rows that sample, in their order; writes KV of all rows."""
@@ -89,7 +90,6 @@ def load(
     """A runner for the model folder, and the facts that a worker tells about itself.
 
     kv_tokens 0 takes KV_TOKENS_DEFAULT, or less on a machine with little memory.
-    kv_tokens 0 takes KV_TOKENS_DEFAULT.
     Raises ConfigError for an impossible option and ModelError for an unusable folder."""
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
@@ -97,8 +97,7 @@ def load(
         raise ConfigError(f"numerics={numerics!r}: expected one of {', '.join(NUMERICS)}")
     folder = Path(model_dir)
     config = read_config(folder)
-    num_blocks = (kv_tokens or KV_TOKENS_DEFAULT) // BLOCK_TOKENS
-    if num_blocks < 1 or threads < 1:
+    if 0 < kv_tokens < BLOCK_TOKENS or kv_tokens < 0 or threads < 1:
         raise ConfigError(f"kv_tokens={kv_tokens}, threads={threads}: too small")
     torch.set_num_threads(threads)
     with torch.no_grad():  # not inference mode: handoff writes into the KV arrays later
@@ -107,15 +106,15 @@ def load(
             if dtype == "auto"
             else DTYPES[dtype]
         )
-        ops = backend.TorchOps(use_packing=linear.has_packing(chosen))
+        ops = backend.TorchOps(_layout(chosen, numerics))
         files = WeightFiles(folder)
-        model = load_llama(config, files, chosen, ops)
+        num_blocks = (kv_tokens or _default_kv_tokens(config, chosen)) // BLOCK_TOKENS
+        max_model_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
+        model = load_llama(config, files, chosen, ops, max_model_len)
         if numerics == "exact":
             ops = backend.exact(ops, model.packed_shapes(), chosen, model.heads)
-        num_blocks = (kv_tokens or _default_kv_tokens(config, chosen)) // BLOCK_TOKENS
         kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, chosen)
     runner = TorchRunner(model, ops, kv)
-    max_model_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // BLOCK_TOKENS
     facts = protocol.ModelFacts(
         model_id, files.sha256(), max_model_len, config.vocab_size, bytes_per_token
@@ -128,6 +127,13 @@ def _default_kv_tokens(config: LlamaConfig, dtype: torch.dtype) -> int:
     token_bytes = 2 * heads * config.head_dim * dtype.itemsize
     affordable = int(memory_bytes() * KV_MEMORY_SHARE) // token_bytes
     return max(BLOCK_TOKENS, min(KV_TOKENS_DEFAULT, affordable))
+
+
+def _layout(dtype: torch.dtype, numerics: str) -> linear.Layout:
+    """How weights lie: for equal rows, or for the fastest single row."""
+    if numerics == "fast" and dtype == torch.float32:
+        return "transposed"
+    return "packed" if linear.has_packing(dtype) else "plain"
 
 
 def device_facts(dtype_name: str) -> protocol.DeviceFacts:

@@ -4,7 +4,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from controlplane.protocol import Assign, ClassTargets, FinishReason, Sampling, Stage
+from controlplane.protocol import (
+    Assign,
+    ClassTargets,
+    FinishReason,
+    Sampling,
+    Stage,
+    TokenLogprobs,
+)
 
 # waiting: no blocks yet (batch only) · running: may be planned · arriving: KV comes from a peer
 # leased: prompt computed, a peer fetches the KV
@@ -31,9 +38,11 @@ class Sequence:
     phase: Phase = "waiting"
     computed_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    preempted_tokens: int = 0  # tokens that had KV when it was preempted, until it starts again
     last_token_at_s: float | None = None
-    block_ids: list[int] = field(default_factory=list)  # token order; covers all that will be
+    block_ids: list[int] = field(default_factory=list)  # token order; online: all it will need
     hashes: list[bytes] = field(default_factory=list)  # names of its full blocks, so far
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by output index
 
     @property
     def key(self) -> tuple[str, int]:
@@ -83,6 +92,18 @@ class Sequence:
         if self.last_token_at_s is None:
             return self.first_token_due_at_s
         return self.last_token_at_s + self.targets.itl_s
+
+    def append(self, token_id: int, logprob: TokenLogprobs | None) -> None:
+        """The next output id, with its logprobs where the request asks for them."""
+        if logprob is not None:
+            self.logprobs[self.output_tokens] = logprob
+        self.token_ids.append(token_id)
+
+    def logprobs_from(self, output_index: int) -> list[TokenLogprobs | None]:
+        """One for each output id from that index on; none at all when not asked for."""
+        if self.sampling.logprobs is None:
+            return []
+        return [self.logprobs.get(index) for index in range(output_index, self.output_tokens)]
 
     def finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
         """Does the newest output id end the sequence, and why?"""

@@ -42,23 +42,45 @@ class SequenceTokens:
 class SamplingTable:
     """How to draw one id for each row of logits; arrays of one entry per row.
 
-    temperature 0 is greedy; `uniform` in [0, 1) is the draw; top_k 0 is off."""
+    temperature 0 is greedy; `uniform` in [0, 1) is the draw; top_k 0, top_p 1 and min_p 0 are off.
+    An id stays when it is among the top_k likeliest, in the smallest head of these that holds top_p
+    of their mass, and at least min_p times as likely as the likeliest."""
 
     temperature: np.ndarray  # float64
     top_p: np.ndarray  # float64
     top_k: np.ndarray  # int64
+    min_p: np.ndarray  # float64
     uniform: np.ndarray  # float64
+
+    def rows(self, index: np.ndarray) -> "SamplingTable":
+        """The table of some of the rows."""
+        return SamplingTable(
+            self.temperature[index],
+            self.top_p[index],
+            self.top_k[index],
+            self.min_p[index],
+            self.uniform[index],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities by the model, before any sampling parameter."""
+
+    logprob: float  # of the id drawn
+    top_ids: list[int]  # the likeliest, likeliest first
+    top_logprobs: list[float]
 
 
 class Ops(Protocol):
     """Operations over token rows; `rows` is the number of tokens in the step."""
 
-    def pack(self, weight: torch.Tensor) -> Any:
-        """Prepare weight (out, in) for `linear`; the original may be dropped."""
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        """Prepare weight (out, in) and bias (out,) for `linear`; the originals may be dropped."""
         ...
 
     def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
-        """x (rows, in) times the weight's transpose: (rows, out)."""
+        """x (rows, in) times the weight's transpose, plus the bias: (rows, out)."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -69,6 +91,17 @@ class Ops(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """residual += x in place, then rms_norm of residual."""
+        ...
+
+    def norm_heads(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        heads: Heads,
+        eps: float,
+    ) -> None:
+        """rms_norm of every Q and K head of qkv (see rope_write) in place; weights (head_dim,)."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -87,9 +120,11 @@ class Ops(Protocol):
         kv_layer: torch.Tensor,
         step: Any,
     ) -> torch.Tensor:
-        """Rotate Q and K, write K and V into kv_layer, return Q (rows, q_heads, head_dim).
+        """Rotate Q and K in place, write K and V into kv_layer, return Q (rows, q_heads, head_dim).
 
-        qkv (rows, (q_heads + 2·kv_heads)·head_dim); cos, sin (rows, head_dim / 2) float32."""
+        qkv (rows, (q_heads + 2·kv_heads)·head_dim); cos, sin (rows, head_dim) float32: the cosines
+        twice, the negated sines and then the sines, so that a head turns by
+        x · cos + (halves of x swapped) · sin."""
         ...
 
     def attention(self, q: torch.Tensor, kv_layer: torch.Tensor, step: Any) -> torch.Tensor:
@@ -102,4 +137,10 @@ class Ops(Protocol):
         """One id per row of logits (rows, vocab) float32; None where a logit is not finite.
 
         A logit of minus infinity is a forbidden id. Ties go to the lowest id."""
+        ...
+
+    def logprobs(
+        self, logits: torch.Tensor, token_ids: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        """Of one id for each row of finite logits, with the num_top likeliest ids beside it."""
         ...

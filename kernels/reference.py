@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.ops import Heads, SamplingTable, SequenceTokens
+from kernels.ops import Heads, SamplingTable, SequenceTokens, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,17 @@ class ReferenceStep:
 class ReferenceOps:
     """See kernels.ops.Ops; results keep the dtype of the input."""
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight
+    def pack(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight, bias
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-        return (x.double() @ packed.double().T).to(x.dtype)
+    def linear(
+        self, x: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> torch.Tensor:
+        weight, bias = packed
+        product = x.double() @ weight.double().T
+        return (product if bias is None else product + bias.double()).to(x.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = []
@@ -51,6 +57,19 @@ class ReferenceOps:
     ) -> torch.Tensor:
         residual.copy_(residual.double() + x.double())
         return self.rms_norm(residual, weight, eps)
+
+    def norm_heads(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        heads: Heads,
+        eps: float,
+    ) -> None:
+        for head in range(heads.num_q_heads + heads.num_kv_heads):
+            weight = q_weight if head < heads.num_q_heads else k_weight
+            columns = slice(head * heads.head_dim, (head + 1) * heads.head_dim)
+            qkv[:, columns] = self.rms_norm(qkv[:, columns], weight, eps)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.double().chunk(2, dim=1)
@@ -75,8 +94,9 @@ class ReferenceOps:
         for row, (position, table) in enumerate(step.tokens()):
             for head in range(num_q + num_kv):
                 low, high = heads[row, head, :half].clone(), heads[row, head, half:].clone()
-                heads[row, head, :half] = low * cos[row].double() - high * sin[row].double()
-                heads[row, head, half:] = high * cos[row].double() + low * sin[row].double()
+                turn, swap = cos[row].double(), sin[row].double()
+                heads[row, head, :half] = low * turn[:half] + high * swap[:half]
+                heads[row, head, half:] = high * turn[half:] + low * swap[half:]
             block_id = int(table[position // step.block_tokens])
             offset = position % step.block_tokens
             for head in range(num_kv):
@@ -115,6 +135,16 @@ class ReferenceOps:
             ids.append(_draw(row, order, table, index))
         return ids
 
+    def logprobs(
+        self, logits: torch.Tensor, token_ids: list[int], num_top: list[int]
+    ) -> list[TokenLogprobs]:
+        made = []
+        for row, token_id, count in zip(logits.tolist(), token_ids, num_top, strict=True):
+            rest = max(row) + math.log(math.fsum(math.exp(v - max(row)) for v in row))
+            top = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[:count]
+            made.append(TokenLogprobs(row[token_id] - rest, top, [row[i] - rest for i in top]))
+        return made
+
 
 def _draw(row: list[float], order: list[int], table: SamplingTable, index: int) -> int:
     temperature, top_p = float(table.temperature[index]), float(table.top_p[index])
@@ -129,7 +159,10 @@ def _draw(row: list[float], order: list[int], table: SamplingTable, index: int) 
             if mass >= top_p * total:
                 break
         kept = nucleus
-    walk = kept if top_k or top_p < 1.0 else sorted(kept)
+    min_p = float(table.min_p[index])
+    if min_p > 0.0:
+        kept = [i for i in kept if weights[i] >= min_p] or kept[:1]
+    walk = kept if top_k or top_p < 1.0 or min_p > 0.0 else sorted(kept)
     target = float(table.uniform[index]) * math.fsum(weights[i] for i in walk)
     mass = 0.0
     for i in walk:

@@ -1,6 +1,7 @@
 """Virtual time: a heap of what happens when, and the one seeded source of chance."""
 
 import heapq
+import math
 import random
 from collections.abc import Callable
 from itertools import count
@@ -25,6 +26,11 @@ class Events:
         assert at_s >= self.now_s, f"{at_s} lies before {self.now_s}"
         assert len(self._heap) < EVENTS_MAX, f"{EVENTS_MAX} events wait"
         heapq.heappush(self._heap, (at_s, next(self._order), action))
+
+    @property
+    def next_at_s(self) -> float:
+        """When the next thing happens; infinite when nothing waits."""
+        return self._heap[0][0] if self._heap else math.inf
 
     def run(self, until_s: float) -> None:
         """Everything up to and including until_s."""

@@ -3,7 +3,8 @@
 KV is read in tiles of TILE_TOKENS tokens that start at absolute multiples of it. For one query
 token and one tile: scores, their maximum, weights exp(score - maximum over all tiles), their sum
 and the weighted values come from one small matrix product each, of a shape that does not depend on
-the step; tiles are added up in order. A tile beyond the token adds exact zeros.
+the step. Tiles are added up by a sum over an outer dimension, which torch does in one fixed order;
+a tile beyond the token adds exact zeros at the end of it.
 Matrix rows: the query heads of one KV head, for a chunk those of up to CHUNK_QUERIES tokens. A
 batched product gives equal rows for any row count >= `rows_min`, which `probe_rows_min` finds
 (4 on an AVX2 EPYC, torch 2.13); where it finds none, chunks are computed token by token.
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kernels import checks
 from kernels.ops import Heads, SequenceTokens
@@ -22,20 +22,22 @@ from kernels.ops import Heads, SequenceTokens
 TILE_TOKENS = 64
 CHUNK_QUERIES = 64
 PAIRS_MAX = 256  # (token, tile) pairs of one call; bounds the gathered KV
+HEAD_ROWS_MIN = 2  # a single row would make the sum over tiles an inner one, of another order
 ROWS_MIN_TRIED = (1, 4, 8, 16)
 PROBE_ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 15, 16, 24, 33, 48, 96, 192)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Single query tokens, longest context first, and their (token, tile) pairs, tile by tile."""
+    """Single query tokens of similar context, padded to the longest: `tiles` of each token.
 
+    A pair is one token and one tile, in the order (token, tile)."""
+
+    tiles: int
     token_rows: torch.Tensor  # (n,) rows of the step
-    pair_rows: torch.Tensor  # (pairs,) row of the step
-    pair_tokens: torch.Tensor  # (pairs,) index into token_rows
+    q_rows: torch.Tensor  # (pairs·kv_heads·head rows,) rows of q seen as (rows·q_heads, head_dim)
     gather: torch.Tensor  # (2·pairs·kv_heads·blocks per tile,) block rows of the KV layer
-    mask: torch.Tensor  # (pairs, 1, 1, TILE_TOKENS) 0 or minus infinity
-    tile_counts: list[int]  # tokens that reach tile 0, 1, …; never grows
+    mask: torch.Tensor  # (n, tiles, 1, 1, TILE_TOKENS) 0 or minus infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def plan_step(
             else:
                 chunks.append(_chunk_group(first_row, first, size, table, heads, block_tokens))
         row += count
-    groups = [_decode_group(part, heads, block_tokens) for part in _split(singles)]
+    head_rows = max(rows_min or 1, heads.group, HEAD_ROWS_MIN)
+    groups = [_decode_group(part, heads, head_rows, block_tokens) for part in _split(singles)]
     return StepIndices(heads, row, _slots(slots, heads, block_tokens), groups, chunks)
 
 
@@ -100,16 +103,17 @@ def _slots(
 def _split(
     singles: list[tuple[int, int, np.ndarray]],
 ) -> list[list[tuple[int, int, np.ndarray]]]:
-    """Longest first, in groups of at most PAIRS_MAX pairs (a longer context stands alone)."""
+    """Longest first, in groups that hold at most PAIRS_MAX padded pairs (a longer context stands
+    alone) and no context of half the longest one's tiles or less."""
     parts: list[list[tuple[int, int, np.ndarray]]] = []
-    pairs_left = 0
+    tiles_first = 0
     for single in sorted(singles, key=lambda s: -s[1]):
-        pairs = -(-single[1] // TILE_TOKENS)
-        if pairs > pairs_left or not parts:
+        tiles = -(-single[1] // TILE_TOKENS)
+        is_full = parts and (len(parts[-1]) + 1) * tiles_first > PAIRS_MAX
+        if not parts or is_full or 2 * tiles <= tiles_first:
             parts.append([])
-            pairs_left = PAIRS_MAX
+            tiles_first = tiles
         parts[-1].append(single)
-        pairs_left -= pairs
     return parts
 
 
@@ -123,30 +127,28 @@ def _block_rows(block_ids: np.ndarray, heads: Heads) -> torch.Tensor:
 
 
 def _decode_group(
-    singles: list[tuple[int, int, np.ndarray]], heads: Heads, block_tokens: int
+    singles: list[tuple[int, int, np.ndarray]], heads: Heads, head_rows: int, block_tokens: int
 ) -> DecodeGroup:
     lengths = np.array([length for _, length, _ in singles])
-    tiles = -(-lengths // TILE_TOKENS)
+    tiles = -(-int(lengths[0]) // TILE_TOKENS)
     per_tile = TILE_TOKENS // block_tokens
-    tables = np.empty((len(singles), tiles[0] * per_tile), dtype=np.int64)
+    tables = np.empty((len(singles), tiles * per_tile), dtype=np.int64)
     for index, (_, length, table) in enumerate(singles):
         used = -(-length // block_tokens)
         tables[index, :used] = table[:used]
         tables[index, used:] = table[0]  # masked, any block of its own will do
-    tile_counts = [int((tiles > tile).sum()) for tile in range(tiles[0])]
-    pair_tokens = np.concatenate([np.arange(count) for count in tile_counts])
-    pair_tiles = np.repeat(np.arange(tiles[0]), tile_counts)
-    columns = pair_tiles[:, None] * per_tile + np.arange(per_tile)
-    positions = pair_tiles[:, None] * TILE_TOKENS + np.arange(TILE_TOKENS)
-    mask = np.where(positions < lengths[pair_tokens][:, None], 0.0, -np.inf).astype(np.float32)
+    is_seen = np.arange(tiles * TILE_TOKENS)[None, :] < lengths[:, None]
+    mask = np.where(is_seen, 0.0, -np.inf).astype(np.float32)
     token_rows = np.array([row for row, _, _ in singles])
+    in_group = np.minimum(np.arange(head_rows), heads.group - 1)  # padding repeats the last head
+    q_heads = np.arange(heads.num_kv_heads)[:, None] * heads.group + in_group[None, :]
+    q_rows = token_rows[:, None] * heads.num_q_heads + q_heads.reshape(1, -1)
     return DecodeGroup(
+        tiles,
         torch.from_numpy(token_rows),
-        torch.from_numpy(token_rows[pair_tokens]),
-        torch.from_numpy(pair_tokens),
-        _block_rows(tables[pair_tokens[:, None], columns], heads),
-        torch.from_numpy(mask[:, None, None, :]),
-        tile_counts,
+        torch.from_numpy(np.repeat(q_rows, tiles, axis=0).reshape(-1)),
+        _block_rows(tables.reshape(-1, per_tile), heads),
+        torch.from_numpy(mask.reshape(len(singles), tiles, 1, 1, TILE_TOKENS)),
     )
 
 
@@ -171,82 +173,68 @@ def _chunk_group(
     )
 
 
-def attention(
-    q: torch.Tensor, kv_layer: torch.Tensor, step: StepIndices, rows_min: int | None
-) -> torch.Tensor:
+def attention(q: torch.Tensor, kv_layer: torch.Tensor, step: StepIndices) -> torch.Tensor:
     """See Ops.attention. q (rows, q_heads, head_dim); computed in float32."""
     heads = step.heads
     checks.shape("q", q, (step.num_rows, heads.num_q_heads, heads.head_dim))
     checks.contiguous("kv_layer", kv_layer)
     kv_rows = kv_layer.view(kv_layer.shape[0] * 2 * heads.num_kv_heads, -1)
     scaled = q.float() * heads.head_dim**-0.5
-    scaled = scaled.view(len(q), heads.num_kv_heads, heads.group, heads.head_dim)
-    out = torch.empty_like(scaled)
+    width = heads.num_q_heads * heads.head_dim
+    if step.num_rows == 1 and step.decodes:
+        return _decode(scaled, kv_rows, step.decodes[0], heads).view(1, width).to(q.dtype)
+    out = torch.empty(step.num_rows, width)
     for decodes in step.decodes:
-        out[decodes.token_rows] = _decode(scaled, kv_rows, decodes, heads, rows_min or 1)
+        part = _decode(scaled, kv_rows, decodes, heads)
+        out.index_copy_(0, decodes.token_rows, part.view(-1, width))
     for chunk in step.chunks:
         rows = slice(chunk.start_row, chunk.start_row + chunk.count)
         out[rows] = _chunk(scaled[rows], kv_rows, chunk, heads)
-    return out.view(len(q), -1).to(q.dtype)
+    return out.to(q.dtype)
+
+
+def _tiles(kv_rows: torch.Tensor, gather: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+    """Keys and values, each (tiles·kv_heads, TILE_TOKENS, head_dim) float32."""
+    return kv_rows.index_select(0, gather).float().view(2, -1, TILE_TOKENS, dim).unbind()
 
 
 def _decode(
-    q: torch.Tensor, kv_rows: torch.Tensor, group: DecodeGroup, heads: Heads, rows_min: int
+    q: torch.Tensor, kv_rows: torch.Tensor, group: DecodeGroup, heads: Heads
 ) -> torch.Tensor:
-    """(n, kv_heads, group, head_dim) for the n tokens of the group."""
-    kv_heads, dim = heads.num_kv_heads, heads.head_dim
-    pairs = len(group.pair_tokens)
-    keys, values = kv_rows.index_select(0, group.gather).float().view(2, -1, TILE_TOKENS, dim)
-    q = q.index_select(0, group.pair_rows)
-    q = F.pad(q, (0, 0, 0, max(0, rows_min - heads.group))).view(pairs * kv_heads, -1, dim)
-    scores = torch.bmm(q, keys.transpose(1, 2)).view(pairs, kv_heads, -1, TILE_TOKENS)
-    scores += group.mask
-    peak = _over_tiles(torch.maximum, scores.amax(-1), group.tile_counts)
-    weights = scores.sub_(peak.index_select(0, group.pair_tokens)[..., None]).exp_()
-    sums = _over_tiles(torch.add, weights.sum(-1), group.tile_counts)
-    parts = torch.bmm(weights.view(pairs * kv_heads, -1, TILE_TOKENS), values)
-    total = _over_tiles(torch.add, parts.view(pairs, kv_heads, -1, dim), group.tile_counts)
-    return (total / sums[..., None])[:, :, : heads.group]
-
-
-def _over_tiles(combine, per_pair: torch.Tensor, tile_counts: list[int]) -> torch.Tensor:
-    """Combine the pairs of each token, in the order of tiles; writes into per_pair's head."""
-    if len(tile_counts) == 1:
-        return per_pair
-    total = per_pair[: tile_counts[0]].clone()
-    start = tile_counts[0]
-    for count in tile_counts[1:]:
-        combine(total[:count], per_pair[start : start + count], out=total[:count])
-        start += count
-    return total
+    """(n, kv_heads, group, head_dim) contiguous for the n tokens of the group."""
+    num, kv_heads, dim = len(group.token_rows), heads.num_kv_heads, heads.head_dim
+    keys, values = _tiles(kv_rows, group.gather, dim)
+    picked = q.view(-1, dim).index_select(0, group.q_rows).view(len(keys), -1, dim)
+    scores = torch.bmm(picked, keys.transpose(1, 2))
+    by_tile = scores.view(num, group.tiles, kv_heads, -1, TILE_TOKENS)
+    by_tile += group.mask
+    by_tile -= by_tile.amax((1, 4), keepdim=True)
+    weights = scores.exp_()
+    sums = by_tile.sum(-1).sum(1)
+    parts = torch.bmm(weights, values)
+    total = parts.view(num, group.tiles, kv_heads, -1, dim).sum(1)
+    return (total / sums[..., None])[:, :, : heads.group].contiguous()
 
 
 def _chunk(q: torch.Tensor, kv_rows: torch.Tensor, chunk: ChunkGroup, heads: Heads) -> torch.Tensor:
-    """(count, kv_heads, group, head_dim) for consecutive tokens of one sequence."""
+    """(count, q_heads·head_dim) for consecutive tokens of one sequence."""
     kv_heads, group, dim = heads.num_kv_heads, heads.group, heads.head_dim
-    keys, values = kv_rows.index_select(0, chunk.gather).float().view(2, -1, TILE_TOKENS, dim)
+    keys, values = _tiles(kv_rows, chunk.gather, dim)
     tiles = len(keys) // kv_heads
+    q = q.view(chunk.count, kv_heads, group, dim)
     q = q.transpose(0, 1).reshape(1, kv_heads, chunk.count * group, dim)
     q = q.expand(tiles, -1, -1, -1).reshape(tiles * kv_heads, -1, dim)
     scores = torch.bmm(q, keys.transpose(1, 2))
     by_query = scores.view(tiles, kv_heads, chunk.count, group, TILE_TOKENS)
     by_query[chunk.first_masked_tile :] += chunk.mask
-    scores = scores.view(tiles, kv_heads, -1, TILE_TOKENS)
-    peak = scores.amax(-1).amax(0)
-    weights = scores.sub_(peak[..., None]).exp_()
-    sums = _in_order(weights.sum(-1))
-    parts = torch.bmm(weights.view(tiles * kv_heads, -1, TILE_TOKENS), values)
-    total = _in_order(parts.view(tiles, kv_heads, -1, dim))
+    by_tile = scores.view(tiles, kv_heads, -1, TILE_TOKENS)
+    by_tile -= by_tile.amax((0, 3), keepdim=True)
+    weights = scores.exp_()
+    sums = by_tile.sum(-1).sum(0)
+    parts = torch.bmm(weights, values)
+    total = parts.view(tiles, kv_heads, -1, dim).sum(0)
     out = (total / sums[..., None]).view(kv_heads, chunk.count, group, dim)
-    return out.transpose(0, 1)
-
-
-def _in_order(per_tile: torch.Tensor) -> torch.Tensor:
-    """Sum over the first dimension, tile by tile; writes into per_tile[0]."""
-    total = per_tile[0]
-    for part in per_tile[1:]:
-        total += part
-    return total
+    return out.transpose(0, 1).reshape(chunk.count, -1)
 
 
 def probe_rows_min(heads: Heads) -> int | None:

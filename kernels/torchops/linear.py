@@ -1,13 +1,18 @@
 """Linear layers whose rows have the same bits however many rows are computed together.
 
-Where torch has oneDNN the weight is packed once; its inner product then walks the inputs of a row
-in one order for any number of rows. Measured 2026-11 on an AVX2 EPYC, one thread, 135M model,
-milliseconds of all linears at 1 / 4 / 16 / 256 rows: packed for 16 rows 43 / 54 / 92 / 848,
-F.linear 45 / 85 / 118 / 950, whose rows differ below 4. Whether it holds on this machine is not
-assumed: `probe_tile` tries the model's own weights and returns how many rows must be padded.
+Three layouts of a weight. `packed`: by oneDNN, whose inner product walks the inputs of a row in one
+order for any number of rows; what exact numerics use where torch has it. `transposed`: (in, out),
+the fastest for one row and not exact. `plain`: (out, in), for machines without oneDNN.
+Measured 2026-11 on an AVX2 EPYC, one thread, CPU milliseconds of all linears of the 135M model but
+the vocabulary layer (that layer) at 1 / 2 / 4 / 16 rows: packed 40 / 47 / 53 / 87 (8 / 11 / 12 /
+19), transposed 33 / 52 / 79 / 104 (6 / 12 / 32 / 42), plain 41 / 81 / 86 / 107 (10 / 24 / 26 / 34);
+from 64 rows on all are equal. Reading the weights alone takes 33 (9): 13 GB/s.
+Whether rows are equal on this machine is not assumed: `probe_tile` tries the model's own weights
+and returns how many rows must be padded.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +21,12 @@ PACK_ROWS = 16  # rows that oneDNN lays the weight out for; the fastest of 1, 4,
 TILES = (1, 4, 8, 16)
 FALLBACK_TILE = 16  # every call has exactly this many rows
 PROBE_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64)
-PROBE_ROWS_LONG = (128, 200, 256)
+PROBE_ROWS_LONG = (128, 200, 256, 400, 512)
 ROWS_MAX = PROBE_ROWS_LONG[-1]  # of one call: no more than was probed
 WIDE_OUT = 16384  # vocabulary-sized layers get at most WIDE_ROWS rows a call
 WIDE_ROWS = PROBE_ROWS[-1]
+
+Layout = Literal["packed", "transposed", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,8 @@ class PackedWeight:
     data: torch.Tensor
     num_out: int
     num_in: int
-    is_packed: bool  # by oneDNN
+    layout: Layout
+    bias: torch.Tensor | None = None  # (out,)
 
     @property
     def rows_max(self) -> int:
@@ -42,26 +50,35 @@ def has_packing(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        pack(torch.zeros(16, 16, dtype=dtype), use_packing=True)
+        pack(torch.zeros(16, 16, dtype=dtype), "packed")
     except (RuntimeError, AttributeError):  # no such instruction set; no such operation
         return False
     return True
 
 
-def pack(weight: torch.Tensor, use_packing: bool) -> PackedWeight:
+def pack(weight: torch.Tensor, layout: Layout, bias: torch.Tensor | None = None) -> PackedWeight:
     """Prepare a weight (out, in)."""
     num_out, num_in = weight.shape
-    if not use_packing:
-        return PackedWeight(weight.contiguous(), num_out, num_in, False)
-    data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
-    return PackedWeight(data, num_out, num_in, True)
+    match layout:
+        case "packed":
+            data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+        case "transposed":
+            data = weight.t().contiguous()
+        case "plain":
+            data = weight.contiguous()
+    return PackedWeight(data, num_out, num_in, layout, bias)
 
 
 def multiply(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """x (rows, in) contiguous times the transposed weight, as the library does it."""
-    if weight.is_packed:
-        return torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")
-    return F.linear(x, weight.data)
+    """x (rows, in) contiguous times the transposed weight, plus the bias."""
+    match weight.layout:
+        case "packed":
+            product = torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")
+        case "transposed":
+            product = torch.mm(x, weight.data)
+        case "plain":
+            product = F.linear(x, weight.data)
+    return product if weight.bias is None else product.add_(weight.bias)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, tile: int | None) -> torch.Tensor:
@@ -69,8 +86,10 @@ def linear(x: torch.Tensor, weight: PackedWeight, tile: int | None) -> torch.Ten
     None every call has FALLBACK_TILE rows. Padding rows are zero and dropped."""
     rows = len(x)
     step = FALLBACK_TILE if tile is None else weight.rows_max
+    if rows <= step:
+        return _padded(x, weight, tile)
     parts = [_padded(x[start : start + step], weight, tile) for start in range(0, rows, step)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def _padded(x: torch.Tensor, weight: PackedWeight, tile: int | None) -> torch.Tensor:

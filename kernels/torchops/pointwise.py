@@ -16,8 +16,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     checks.shape("weight", weight, (x.shape[-1],))
     checks.contiguous("x", x)
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
+    scale = (wide * wide).sum(-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(
@@ -29,22 +29,39 @@ def add_rms_norm(
     return rms_norm(residual, weight, eps)
 
 
+def norm_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    num_q_heads: int,
+    eps: float,
+) -> None:
+    """See Ops.norm_heads; writes qkv."""
+    rows, head_dim = len(qkv), len(q_weight)
+    checks.shape("k_weight", k_weight, (head_dim,))
+    heads = qkv.view(rows, -1, head_dim)
+    num_kv_heads = (heads.shape[1] - num_q_heads) // 2
+    q, k = heads[:, :num_q_heads], heads[:, num_q_heads : num_q_heads + num_kv_heads]
+    q.copy_(rms_norm(q.contiguous(), q_weight, eps))
+    k.copy_(rms_norm(k.contiguous(), k_weight, eps))
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See Ops.silu_mul."""
     width = gate_up.shape[-1] // 2
     gate = gate_up[:, :width].contiguous()
-    return F.silu(gate) * gate_up[:, width:]
+    return F.silu(gate).mul_(gate_up[:, width:])
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (rows, heads, head_dim), pairs (i, i + head_dim / 2).
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x (rows, heads, head_dim), pairs (i, i + head_dim / 2); writes x.
 
-    cos, sin (rows, head_dim / 2). Source: Su et al. 2021, arXiv:2104.09864, in Llama's pairing."""
-    half = x.shape[-1] // 2
+    cos, sin (rows, head_dim), see Ops.rope_write. Source: Su et al. 2021, arXiv:2104.09864, in
+    Llama's pairing."""
     wide = x.float()
-    swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1)
-    both, signed = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return (wide * both[:, None, :]).add_(swapped.mul_(signed[:, None, :])).to(x.dtype)
+    swapped = torch.roll(wide, x.shape[-1] // 2, -1).mul_(sin[:, None, :])
+    turned = wide.mul_(cos[:, None, :]).add_(swapped)
+    return x if turned.data_ptr() == x.data_ptr() else x.copy_(turned)
 
 
 def rope_write(
@@ -61,7 +78,7 @@ def rope_write(
     num_kv_heads, head_dim = kv_layer.shape[2], kv_layer.shape[4]
     checks.shape("qkv", qkv, (None, (num_q_heads + 2 * num_kv_heads) * head_dim))
     heads = qkv.view(len(qkv), num_q_heads + 2 * num_kv_heads, head_dim)
-    rotated = rotate(heads[:, : num_q_heads + num_kv_heads], cos, sin)
-    fresh = torch.cat((rotated[:, num_q_heads:], heads[:, num_q_heads + num_kv_heads :]), dim=1)
-    kv_layer.view(-1, head_dim).index_copy_(0, slots, fresh.view(-1, head_dim))
-    return rotated[:, :num_q_heads]
+    rotate_(heads[:, : num_q_heads + num_kv_heads], cos, sin)
+    fresh = heads[:, num_q_heads:].reshape(-1, head_dim)
+    kv_layer.view(-1, head_dim).index_copy_(0, slots, fresh)
+    return heads[:, :num_q_heads]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from gpuworkers import convert
+from gpuworkers.models.config import read_config
 from gpuworkers.models.llama import load_llama
-from gpuworkers.weights import WeightFiles, read_config
+from gpuworkers.weights import WeightFiles
 from kernels.torchops.backend import TorchOps
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ"]
@@ -112,7 +113,7 @@ def test_a_converted_folder_holds_the_same_model(tmp_path):
         assert torch.equal(tensors[name], torch.from_numpy(values).bfloat16()), name
     config = read_config(out)
     assert config.num_layers == 1 and config.tie_word_embeddings and config.eos_token_ids == {2}
-    load_llama(config, WeightFiles(out), torch.float32, TorchOps(False))
+    load_llama(config, WeightFiles(out), torch.float32, TorchOps())
 
 
 def test_the_tokenizer_and_chat_template_come_along(gguf, tmp_path):

@@ -1,10 +1,14 @@
 """Batch sequences in the engine: what is left over, in turn, and given back when asked for."""
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane import protocol
-from gpuworkers.engine import EngineConfig
+from controlplane.latency import step_s
+from gpuworkers.engine import EngineConfig, RunResult
+from gpuworkers.scheduler import Plan
 from tests.gpuworkers.enginekit import BATCH, EngineBench, ScriptedRunner
 
 
@@ -85,8 +89,17 @@ def test_a_transfer_in_progress_is_not_preempted():
     assert len(bench.output("b")) == 7  # its KV came from a peer; what it lost is computed here
 
 
+class TimedRunner(ScriptedRunner):
+    """Steps take what the step model says, so that there is nothing else to learn."""
+
+    STEP = protocol.StepModel(0.010, 0.010, 0.0)
+
+    def run(self, plan: Plan) -> RunResult:
+        return replace(super().run(plan), modelled_s=step_s(self.STEP, plan.features))
+
+
 def test_batch_rows_take_turns_where_a_step_has_no_room_for_all():
-    bench = EngineBench(step=protocol.StepModel(0.010, 0.010, 0.0))
+    bench = EngineBench(TimedRunner(), step=TimedRunner.STEP)
     for index in range(6):
         bench.assign(f"b{index}", 4, 30, targets=BATCH)
     while not all(bench.output(f"b{index}") for index in range(6)):

@@ -8,11 +8,12 @@ from controlplane.errors import ConfigError
 from controlplane.latency import StepFeatures, step_s
 from gpuworkers.calibration import faster_dtype, fit_step_model
 from gpuworkers.kvcache import TorchKVCache
+from gpuworkers.models.config import read_config
 from gpuworkers.models.llama import load_llama
 from gpuworkers.runner import TorchRunner, load
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import from_assign
-from gpuworkers.weights import WeightFiles, read_config
+from gpuworkers.weights import WeightFiles
 from kernels.ops import Heads
 from kernels.reference import ReferenceOps
 from tests.gpuworkers.enginekit import assign

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from gpuworkers.sampler import forbid_early_ends, sampling_table, uniform
+from gpuworkers.sampler import edit, sampling_table, uniform
 from gpuworkers.sequence import Sequence, from_assign
 from tests.gpuworkers.enginekit import EOS, assign
 
@@ -39,10 +39,13 @@ def test_the_draw_depends_on_the_output_index_not_on_where_ids_came_from():
 
 def test_a_table_has_one_row_per_sequence():
     table = sampling_table(
-        [sequence(), sequence(temperature=0.5, top_p=0.9, top_k=7, seed=1, choice_index=2)]
+        [
+            sequence(),
+            sequence(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=1, choice_index=2),
+        ]
     )
     assert table.temperature.tolist() == [0.0, 0.5] and table.top_p.tolist() == [1.0, 0.9]
-    assert table.top_k.tolist() == [0, 7]
+    assert table.top_k.tolist() == [0, 7] and table.min_p.tolist() == [0.0, 0.1]
     assert table.uniform.tolist() == [0.0, uniform(1, 2, 0)]
 
 
@@ -55,6 +58,8 @@ def test_ends_are_forbidden_until_the_minimum_is_reached():
         sequence(),
     ]
     logits = torch.zeros(5, 12)
-    forbid_early_ends(logits, rows, {EOS})
-    forbidden = [torch.isinf(row).nonzero().flatten().tolist() for row in logits]
+    edited = edit(logits, rows, {EOS})
+    forbidden = [torch.isinf(row).nonzero().flatten().tolist() for row in edited]
     assert forbidden == [[EOS], [], [EOS, 9], [], []]
+    assert not logits.any()  # what the model gave is what logprobs are taken from
+    assert edit(logits, rows[4:], {EOS}) is logits

@@ -134,8 +134,80 @@ def test_a_step_has_at_most_its_maximum_of_tokens():
     prompts = tuple(sequence(f"p{i}", 900, 0) for i in range(5))
     fast = LatencyModel(StepModel(1e-6, 0.0, 0.0))
     result = plan(NOW_S, SchedulerState(prefilling=prompts), fast, Policy())
-    assert sum(row.count for row in result.rows) == scheduler.STEP_TOKENS_MAX
-    assert max(row.count for row in result.rows) == scheduler.CHUNK_TOKENS_MAX
+    assert sum(row.count for row in result.rows) == Policy().step_tokens_max
+    assert max(row.count for row in result.rows) == Policy().chunk_tokens_max
+
+
+def test_short_prompts_pass_a_long_one_until_its_deadline_is_near():
+    roomy = ClassTargets("interactive", 0, 5.0, 0.1)
+    long = sequence("long", 2000, 0, targets=roomy)
+    short = sequence("short", 100, 0, targets=roomy)
+    state = SchedulerState((decode("d"),), (long, short))
+    assert [row.sequence for row in planned(state).rows] == [state.decoding[0], short, long]
+    near = sequence("long", 2000, 0, targets=roomy, arrived_ago_s=3.5)
+    rows = planned(SchedulerState((decode("d"),), (near, short))).rows
+    assert rows[1].sequence is near
+
+
+def test_a_loose_row_skips_a_step_that_strict_decodes_fill():
+    loose = decode("loose", targets=ClassTargets("loose", 2, 10.0, 0.5))
+    strict = tuple(decode(f"d{i}") for i in range(105))
+    rows = planned(SchedulerState((*strict, loose))).rows
+    assert [row.sequence for row in rows] == list(strict)
+    late = decode("late", targets=ClassTargets("loose", 2, 10.0, 0.5), token_ago_s=0.45)
+    assert late in [row.sequence for row in planned(SchedulerState((*strict, late))).rows]
+    assert loose in [row.sequence for row in planned(SchedulerState((*strict[:20], loose))).rows]
+
+
+def test_host_time_is_taken_off_both_targets():
+    model = LatencyModel(MODEL)
+    for _ in range(2000):
+        model.observe_host(0.02)
+    result = plan(NOW_S, SchedulerState((decode("d"),)), model, Policy(kappa=0.5))
+    assert result.online_target_s == pytest.approx(0.08)
+    assert result.batch_target_s == pytest.approx(0.03)
+
+
+def test_a_step_that_yields_a_first_token_is_kept_short():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
+    last, more = sequence("p", 40, 20), sequence("p", 900, 20)
+    policy = Policy(kappa=0.8, first_token_share=0.5)
+    ends = planned(SchedulerState((decode("d"),), (last,), batch), policy)
+    goes_on = planned(SchedulerState((decode("d"),), (more,), batch), policy)
+    assert ends.rows[1].samples and ends.batch_target_s == pytest.approx(0.04)
+    assert not goes_on.rows[1].samples and goes_on.batch_target_s == pytest.approx(0.08)
+
+
+def test_batch_fills_a_step_with_the_end_of_one_prompt_and_the_start_of_the_next():
+    ending = sequence("b1", 300, 280, targets=BATCH)
+    next_one = sequence("b2", 300, 0, targets=BATCH)
+    result = planned(SchedulerState((decode("d"),), batch_prefilling=(ending, next_one)))
+    assert [row.sequence for row in result.rows[1:]] == [ending, next_one]
+    assert result.rows[1].samples and not result.rows[2].samples
+
+
+# --- the baseline
+
+
+def fixed(state: SchedulerState, tokens_max: int) -> scheduler.Plan:
+    return scheduler.plan_fixed_chunk(state, LatencyModel(MODEL), Policy(), tokens_max)
+
+
+def test_the_baseline_fills_its_tokens_online_first_and_looks_at_no_time():
+    state = SchedulerState(
+        (decode("d"),),
+        (sequence("p", 40, 0),),
+        (decode("bd", targets=BATCH),),
+        (sequence("bp", 900, 0, targets=BATCH),),
+    )
+    assert shape(fixed(state, 100)) == [
+        ("d", 50, 1, True),
+        ("p", 0, 40, True),
+        ("bd", 50, 1, True),
+        ("bp", 0, 58, False),
+    ]
+    assert shape(fixed(state, 16)) == [("d", 50, 1, True), ("p", 0, 15, False)]
+    assert fixed(state, 100).num_online == 2
 
 
 # --- properties
@@ -179,7 +251,7 @@ states = st.builds(
 policies = st.builds(Policy, st.floats(0.1, 1.0), st.floats(0.05, 0.5), st.integers(1, 8))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(states, policies)
 def test_the_online_part_is_the_same_with_the_batch_queues_emptied(state, policy):
     without = dataclasses.replace(state, batch_decoding=(), batch_prefilling=())
@@ -193,11 +265,16 @@ def test_the_online_part_is_the_same_with_the_batch_queues_emptied(state, policy
 @given(states, policies)
 def test_a_plan_keeps_its_targets_and_serves_every_decode(state, policy):
     result, model = planned(state, policy), LatencyModel(MODEL)
-    assert [row.sequence for row in result.rows[: len(state.decoding)]] == list(state.decoding)
+    ran = {row.sequence for row in result.rows}
+    skipped = [decode for decode in state.decoding if decode not in ran]
+    for loose in skipped:
+        assert loose.next_token_due_at_s() >= NOW_S + 2 * result.online_target_s
+    decodes = [decode for decode in state.decoding if decode in ran]
+    assert [row.sequence for row in result.rows[: len(decodes)]] == decodes
     online = StepFeatures()
     for row in result.rows[: result.num_online]:
         online = online.with_tokens(row.start, row.count)
-    is_more_than_decodes = result.num_online > max(1, len(state.decoding))
+    is_more_than_decodes = result.num_online > max(1, len(decodes))
     if is_more_than_decodes:
         assert model.plan_s(online) <= result.online_target_s
     if len(result.rows) > max(1, result.num_online):
@@ -225,10 +302,12 @@ def test_a_plan_is_repeatable_and_changes_nothing(state, policy):
 def test_a_chunk_is_as_long_as_brute_force_finds(start, pending, rows, target_s):
     model, features = LatencyModel(MODEL), StepFeatures(rows, rows * 100)
     going = sequence("p", start + pending, start)
-    most = min(pending, scheduler.CHUNK_TOKENS_MAX, scheduler.STEP_TOKENS_MAX - rows)
+    most = min(pending, Policy().chunk_tokens_max, Policy().step_tokens_max - rows)
     candidates = [n for n in range(1, most + 1) if n % 16 == 0 or n == pending]
     fitting = [n for n in candidates if model.plan_s(features.with_tokens(start, n)) <= target_s]
-    assert scheduler.chunk_tokens(target_s, features, going, model) == max(fitting, default=0)
+    assert scheduler.chunk_tokens(target_s, features, going, model, Policy()) == max(
+        fitting, default=0
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -46,7 +46,7 @@ def test_one_token_agrees_with_the_reference_at_block_and_tile_boundaries(length
     step = attention.plan_step(sequences, HEADS, BLOCK, rows_min)
     reference = ReferenceOps()
     expected = reference.attention(q, kv, reference.plan_step(sequences, HEADS, BLOCK))
-    actual = attention.attention(q, kv, step, rows_min)
+    actual = attention.attention(q, kv, step)
     assert torch.allclose(actual, expected, atol=TOLERANCE)
 
 
@@ -58,7 +58,7 @@ def test_a_chunk_agrees_with_the_reference(start, count, rows_min):
     reference = ReferenceOps()
     expected = reference.attention(q, kv, reference.plan_step(sequences, HEADS, BLOCK))
     step = attention.plan_step(sequences, HEADS, BLOCK, rows_min)
-    assert torch.allclose(attention.attention(q, kv, step, rows_min), expected, atol=TOLERANCE)
+    assert torch.allclose(attention.attention(q, kv, step), expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("heads", [Heads(4, 4, 8), Heads(9, 3, 64), Heads(8, 1, 32)])
@@ -70,7 +70,7 @@ def test_any_grouping_of_heads_agrees_with_the_reference(heads):
     reference = ReferenceOps()
     expected = reference.attention(q, kv, reference.plan_step(sequences, heads, BLOCK))
     step = attention.plan_step(sequences, heads, BLOCK, rows_min)
-    assert torch.allclose(attention.attention(q, kv, step, rows_min), expected, atol=TOLERANCE)
+    assert torch.allclose(attention.attention(q, kv, step), expected, atol=TOLERANCE)
 
 
 def test_the_answer_is_visible_by_eye_for_one_hot_keys(rows_min):
@@ -81,7 +81,7 @@ def test_the_answer_is_visible_by_eye_for_one_hot_keys(rows_min):
     kv[0, 1, 0, 2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     q = torch.tensor([[[0.0, 0.0, 0.0, 1.0]]])
     step = attention.plan_step([SequenceTokens(4, 1, np.array([0]))], heads, BLOCK, rows_min)
-    assert attention.attention(q, kv, step, rows_min).tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert attention.attention(q, kv, step).tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
 
 @pytest.mark.parametrize("num_sequences", list(range(1, 34)))
@@ -93,7 +93,7 @@ def test_a_token_has_the_same_bits_in_any_batch(num_sequences, rows_min):
     def run(indices: list[int]) -> torch.Tensor:
         sequences = [SequenceTokens(lengths[i] - 1, 1, all_tables[i]) for i in indices]
         step = attention.plan_step(sequences, HEADS, BLOCK, rows_min)
-        return attention.attention(q[indices], kv, step, rows_min)
+        return attention.attention(q[indices], kv, step)
 
     alone = torch.cat([run([i]) for i in range(num_sequences)])
     assert torch.equal(run(list(range(num_sequences))), alone)
@@ -112,7 +112,7 @@ def test_a_token_has_the_same_bits_in_any_chunking_and_in_decode(cuts, rows_min)
         for start, end in zip(edges[:-1], edges[1:], strict=True):
             sequences = [SequenceTokens(start, end - start, table)]
             step = attention.plan_step(sequences, HEADS, BLOCK, rows_min)
-            parts.append(attention.attention(q[start:end], kv, step, rows_min))
+            parts.append(attention.attention(q[start:end], kv, step))
         return torch.cat(parts)
 
     assert torch.equal(run([0, *cuts, length]), run(list(range(length + 1))))
@@ -123,9 +123,9 @@ def test_without_a_safe_row_count_chunks_are_computed_token_by_token():
     kv, q = cache(num_blocks), queries(90)
     step = attention.plan_step([SequenceTokens(0, 90, table)], HEADS, BLOCK, None)
     assert step.chunks == []
-    whole = attention.attention(q, kv, step, None)
+    whole = attention.attention(q, kv, step)
     last = attention.plan_step([SequenceTokens(89, 1, table)], HEADS, BLOCK, None)
-    assert torch.equal(attention.attention(q[89:], kv, last, None), whole[89:])
+    assert torch.equal(attention.attention(q[89:], kv, last), whole[89:])
 
 
 def test_pairs_beyond_the_maximum_are_computed_in_further_groups(monkeypatch, rows_min):
@@ -137,22 +137,20 @@ def test_pairs_beyond_the_maximum_are_computed_in_further_groups(monkeypatch, ro
         SequenceTokens(n - 1, 1, table) for n, table in zip(lengths, all_tables, strict=True)
     ]
     grouped = attention.plan_step(sequences, HEADS, BLOCK, rows_min)
-    assert [len(group.pair_tokens) for group in grouped.decodes] == [5, 4, 4, 2]
+    assert [len(g.token_rows) * g.tiles for g in grouped.decodes] == [5, 4, 4, 2]
     monkeypatch.setattr(attention, "PAIRS_MAX", 256)
     whole = attention.plan_step(sequences, HEADS, BLOCK, rows_min)
-    assert len(whole.decodes) == 1
-    assert torch.equal(
-        attention.attention(q, kv, grouped, rows_min), attention.attention(q, kv, whole, rows_min)
-    )
+    assert [len(g.token_rows) * g.tiles for g in whole.decodes] == [10, 4, 2]
+    assert torch.equal(attention.attention(q, kv, grouped), attention.attention(q, kv, whole))
 
 
 def test_rows_beyond_the_sequence_in_its_last_block_do_not_count(rows_min):
     (table,), num_blocks = tables([20])
     kv, q = cache(num_blocks), queries(1)
     step = attention.plan_step([SequenceTokens(19, 1, table)], HEADS, BLOCK, rows_min)
-    before = attention.attention(q, kv, step, rows_min)
+    before = attention.attention(q, kv, step)
     kv[table[1], :, :, 4:] = 1e30
-    assert torch.equal(attention.attention(q, kv, step, rows_min), before)
+    assert torch.equal(attention.attention(q, kv, step), before)
 
 
 def test_impossible_steps_are_refused():
@@ -163,22 +161,24 @@ def test_impossible_steps_are_refused():
         attention.plan_step([SequenceTokens(0, 1, table)], HEADS, 48, 4)
     step = attention.plan_step([SequenceTokens(0, 1, table)], HEADS, BLOCK, 4)
     with pytest.raises(ValueError, match="q has shape"):
-        attention.attention(queries(1)[:, :5], cache(2), step, 4)
+        attention.attention(queries(1)[:, :5], cache(2), step)
     with pytest.raises(ValueError, match="contiguous"):
-        attention.attention(queries(1), cache(2).transpose(3, 4), step, 4)
+        attention.attention(queries(1), cache(2).transpose(3, 4), step)
 
 
 def test_rope_writes_each_token_into_its_slot_like_the_reference():
-    ops, reference = TorchOps(use_packing=False, rows_min=4), ReferenceOps()
+    ops, reference = TorchOps(rows_min=4), ReferenceOps()
     (first, second), num_blocks = tables([20, 40])
     sequences = [SequenceTokens(14, 6, first), SequenceTokens(39, 1, second)]
     generator = torch.Generator().manual_seed(3)
     qkv = torch.randn(7, (6 + 2 * 2) * 16, generator=generator)
     angles = torch.rand(7, 8, generator=generator) * 6
+    cos = torch.cat((angles.cos(), angles.cos()), dim=1)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=1)
     kv, kv_expected = cache(num_blocks), cache(num_blocks)
-    q = ops.rope_write(qkv, angles.cos(), angles.sin(), kv, ops.plan_step(sequences, HEADS, BLOCK))
+    q = ops.rope_write(qkv.clone(), cos, sin, kv, ops.plan_step(sequences, HEADS, BLOCK))
     q_expected = reference.rope_write(
-        qkv, angles.cos(), angles.sin(), kv_expected, reference.plan_step(sequences, HEADS, BLOCK)
+        qkv, cos, sin, kv_expected, reference.plan_step(sequences, HEADS, BLOCK)
     )
     assert torch.allclose(q, q_expected, atol=1e-6)
     assert torch.allclose(kv, kv_expected, atol=1e-6)

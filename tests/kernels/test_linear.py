@@ -11,18 +11,34 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=["packed", "plain"])
+def reference(x: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
+    ops = ReferenceOps()
+    return ops.linear(x, ops.pack(weight, bias))
+
+
+@pytest.fixture(scope="module", params=["packed", "plain", "transposed"])
 def weight(request) -> linear.PackedWeight:
-    packing = request.param == "packed" and linear.has_packing(torch.float32)
-    return linear.pack(random(160, 96), packing)
+    if request.param == "packed" and not linear.has_packing(torch.float32):
+        return linear.pack(random(160, 96), "plain")
+    return linear.pack(random(160, 96), request.param)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 16, 17, 256, 257, 300])
 def test_linear_agrees_with_the_reference(rows, weight):
     x = random(rows, 96, seed=rows)
     tile = linear.probe_tile([weight], torch.float32)
-    expected = ReferenceOps().linear(x, random(160, 96))
+    expected = reference(x, random(160, 96))
     assert torch.allclose(linear.linear(x, weight, tile), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["packed", "plain", "transposed"])
+def test_a_bias_is_added_to_every_row(layout):
+    if layout == "packed" and not linear.has_packing(torch.float32):
+        layout = "plain"
+    weight, bias = random(160, 96), random(160, seed=1)
+    packed = linear.pack(weight, layout, bias)
+    x = random(5, 96, seed=2)
+    assert torch.allclose(linear.linear(x, packed, 1), reference(x, weight, bias), atol=1e-4)
 
 
 def test_rows_are_bitwise_equal_for_every_number_of_rows_up_to_33(weight):
@@ -42,10 +58,10 @@ def test_without_a_safe_tile_every_call_has_the_same_number_of_rows(weight):
 
 
 def test_a_vocabulary_sized_layer_is_called_with_at_most_the_probed_rows():
-    wide = linear.pack(random(linear.WIDE_OUT, 8), linear.has_packing(torch.float32))
+    wide = linear.pack(random(linear.WIDE_OUT, 8), "plain")
     assert wide.rows_max == linear.WIDE_ROWS
     x = random(linear.WIDE_ROWS + 1, 8)
-    expected = ReferenceOps().linear(x, random(linear.WIDE_OUT, 8))
+    expected = reference(x, random(linear.WIDE_OUT, 8))
     assert torch.allclose(linear.linear(x, wide, 1), expected, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.ops import Heads
 from kernels.reference import ReferenceOps
 from kernels.torchops import pointwise
 
@@ -51,10 +52,21 @@ def test_a_row_has_the_same_bits_among_any_other_rows():
             assert torch.equal(pointwise.silu_mul(gate_up[part]), gated[part])
 
 
+def test_query_and_key_heads_are_normed_each_by_itself_and_values_are_not():
+    heads = Heads(num_q_heads=4, num_kv_heads=2, head_dim=8)
+    qkv, q_weight, k_weight = random(3, 64), random(8, seed=1), random(8, seed=2)
+    expected = qkv.clone()
+    ReferenceOps().norm_heads(expected, q_weight, k_weight, heads, 1e-6)
+    actual = qkv.clone()
+    pointwise.norm_heads(actual, q_weight, k_weight, 4, 1e-6)
+    assert torch.allclose(actual, expected, atol=1e-5)
+    assert torch.equal(actual[:, 48:], qkv[:, 48:]) and not torch.equal(actual, qkv)
+
+
 def test_rotation_by_a_quarter_turn_swaps_the_halves():
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    cos, sin = torch.zeros(1, 2), torch.ones(1, 2)
-    assert pointwise.rotate(x, cos, sin).tolist() == [[[-3.0, -4.0, 1.0, 2.0]]]
+    cos, sin = torch.zeros(1, 4), torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
+    assert pointwise.rotate_(x, cos, sin).tolist() == [[[-3.0, -4.0, 1.0, 2.0]]]
 
 
 def test_wrong_shapes_are_refused_with_the_numbers():
