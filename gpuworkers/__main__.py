@@ -20,12 +20,11 @@ from controlplane.errors import SlackwaterError
 from controlplane.latency import LatencyModel
 from gpuworkers import config, driver, modelfile
 from gpuworkers.config import WorkerConfig
-from gpuworkers.devicefailure import DeviceFailed
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.link import JoinRefused
 from gpuworkers.server import Worker, WorkerFacts
 
-EXIT_PERMANENT, EXIT_REFUSED = 2, 3
+EXIT_FAILED, EXIT_PERMANENT, EXIT_REFUSED = 1, 2, 3
 PARENT_POLL_S = 0.5
 PARENT_GONE_S_MAX = 3.0  # for a goodbye; then the process ends whatever it does
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -158,14 +157,14 @@ def main(argv: list[str]) -> int:
     except JoinRefused as refused:
         print(f"refused: {refused.reason}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
-    except DeviceFailed as failed:
-        print(f"error: {failed}", file=sys.stderr, flush=True)
-        os._exit(1)  # destructors of a broken CUDA context abort, and say so in many lines
     except SlackwaterError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_PERMANENT if error.permanent else 1
+        return EXIT_PERMANENT if error.permanent else EXIT_FAILED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == EXIT_FAILED:
+        os._exit(code)  # the destructors of a broken CUDA context abort, in many lines of their own
+    sys.exit(code)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from controlplane import protocol
-from controlplane.errors import ProtocolError
+from controlplane.errors import ProtocolError, SlackwaterError
 from gpuworkers import handoff, handoffwire
 from gpuworkers.driver import Driver, Turn, call
 from gpuworkers.engine import Engine, Key
@@ -72,7 +72,9 @@ class Worker:
                 [link, heart, self._driver.failed], return_when=asyncio.FIRST_COMPLETED
             )
             if self._driver.failed.done():
-                await self._link.close("engine failed")
+                failure = self._driver.failed.exception()
+                is_ours = isinstance(failure, SlackwaterError)  # else a defect, told in our log
+                await self._link.close(str(failure) if is_ours else "engine failed")
                 self._driver.failed.result()
             await link
         finally:
