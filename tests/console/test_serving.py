@@ -19,7 +19,7 @@ OPTIONS = {
     "model_id": "",
     "profile": "cpu-fast",
     "dtype": "auto",
-    "numerics": "exact",
+    "numerics": "",
     "device": "cpu",
     "fleet": 0,
 }
