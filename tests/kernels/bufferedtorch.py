@@ -43,3 +43,9 @@ class BufferedTorch(TorchOps):
 
     def sample(self, logits: torch.Tensor, table: SamplingTable) -> list[int | None]:
         return TorchOps.sample(self, logits.float(), table)
+
+    def prepare_sampling(self, table: SamplingTable) -> SamplingTable:
+        return table
+
+    def sample_ids(self, logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
+        return torch.tensor(self.sample(logits, table))
