@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gpuworkers.models.llama import Llama
-from kernels.ops import Heads, Ops, SequenceTokens
+from kernels.ops import Heads, Ops, SamplingTable, SequenceTokens
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -73,6 +73,14 @@ class DecodeOps(Ops, Protocol):
         """Put these sequences' numbers into the arrays of the bucket's step."""
         ...
 
+    def sampling_params(self, table: SamplingTable) -> Any:
+        """The table on the device."""
+        ...
+
+    def sample_ids(self, logits: torch.Tensor, params: Any) -> torch.Tensor:
+        """As Ops.sample, without waiting: ids (rows,) on the device."""
+        ...
+
 
 class DecodeGraphs:
     """A captured forward pass for each bucket, all made at the start: the largest first, so that
@@ -105,10 +113,9 @@ class GraphStepper:
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         self.model = eager.model
-        self.ops: Ops = ops
+        self.ops = ops
         self.num_replays = 0
         self._eager = eager
-        self._decode_ops = ops
         device = eager.layers[0].device
         blocks_max = -(-max_len // eager.block_tokens)
         # Token ids of a step, then its positions; one copy takes both to the device.
@@ -142,7 +149,7 @@ class GraphStepper:
         host[1, : len(rows)] = [row.start for row in rows]
         self._device.copy_(self._host, non_blocking=True)
         sequences = [SequenceTokens(row.start, 1, row.table) for row in rows]
-        self._decode_ops.refill(self._steps[bucket], sequences)
+        self.ops.refill(self._steps[bucket], sequences)
         self.num_replays += 1
         return self._graphs.replay(bucket)[: len(rows)]
 
