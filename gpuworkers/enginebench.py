@@ -66,23 +66,26 @@ class EngineBench:
 
     def decode(self, batch: int, context: int) -> StepTime:
         """One id for each of `batch` sequences of `context` tokens, the new one counted."""
-        rows = [StepRow([7 + i], context - 1, self._table(i, context), True) for i in range(batch)]
+        rows = [StepRow([i], context - 1, self._table(i, context), True) for i in range(batch)]
         return self._times("decode", batch, context, rows, REPEATS)
 
     def prefill(self, tokens: int) -> StepTime:
         """A whole prompt in one step, with its first id."""
-        row = StepRow([i % 1000 for i in range(tokens)], 0, self._table(0, tokens), True)
+        row = StepRow(self._prompt(tokens), 0, self._table(0, tokens), True)
         return self._times("prefill", 1, tokens, [row], PREFILL_REPEATS)
 
     def first_token(self, tokens: int) -> StepTime:
         """As prefill, but each time after the device had nothing to do for a while."""
-        row = StepRow([i % 1000 for i in range(tokens)], 0, self._table(0, tokens), True)
+        row = StepRow(self._prompt(tokens), 0, self._table(0, tokens), True)
         walls = []
         for _ in range(PREFILL_REPEATS):
             self._sleep(IDLE_S)
             walls.append(self._wall_s([row]))
         wall_s = float(np.median(walls))
         return StepTime("first token", 1, tokens, wall_s, wall_s)
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return [i % self._stepper.model.config.vocab_size for i in range(tokens)]
 
     def _table(self, index: int, tokens: int) -> np.ndarray:
         """Blocks of sequence `index` of a batch of equal ones, the last block first."""

@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -181,23 +183,23 @@ def run_phase(name: str, is_small: bool) -> Answer:
 
 def run_child(name: str, limit_s: float) -> Answer:
     """The phase's answer, or what it said before it ended without one."""
-    command = [sys.executable, "-m", "gpuworkers.gpucheck", "--phase", name]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpuworkers.gpucheck", "--phase", name],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # to end what it started too: a sanitizer's child holds the GPU
+    )
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as expired:
-        said = expired.stderr or b""
-        text = said.decode("utf-8", "replace") if isinstance(said, bytes) else said
-        return failed(f"no answer within {limit_s:.0f} s", text)
-    if done.returncode != 0:
-        return failed(f"ended with {done.returncode}", done.stderr)
-    answer: Answer = json.loads(done.stdout.splitlines()[-1])
+        out, said = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, said = process.communicate()
+        return failed(f"no answer within {limit_s:.0f} s", said)
+    if process.returncode != 0:
+        return failed(f"ended with {process.returncode}", said)
+    answer: Answer = json.loads(out.splitlines()[-1])
     return answer
 
 
@@ -248,6 +250,9 @@ def main(argv: list[str]) -> int:
     add("--phase", choices=PHASES, help="run this one here and print its answer as JSON")
     add("--small", action="store_true", help="with --phase: sizes for a sanitizer")
     options = parser.parse_args(argv)
+    names = options.phases.split(",")
+    if unknown := set(names) - PHASES.keys():
+        parser.error(f"--phases: {', '.join(sorted(unknown))}: expected {', '.join(PHASES)}")
     reason = bench.refusal()
     if reason is not None:
         print(reason)
@@ -256,9 +261,6 @@ def main(argv: list[str]) -> int:
         answer = run_phase(options.phase, options.small)
         print(json.dumps(answer))
         return 0
-    names = options.phases.split(",")
-    if unknown := set(names) - PHASES.keys():
-        parser.error(f"--phases: {', '.join(sorted(unknown))}: expected {', '.join(PHASES)}")
     where = bench.facts(torch.device(DEVICE))
     where["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     where["cupy"] = importlib.import_module("cupy").__version__

@@ -115,7 +115,7 @@ class GraphStepper:
         self.model = eager.model
         self.ops = ops
         self.num_replays = 0
-        self._eager = eager
+        self.eager = eager
         device = eager.layers[0].device
         blocks_max = -(-max_len // eager.block_tokens)
         # Token ids of a step, then its positions; one copy takes both to the device.
@@ -143,7 +143,7 @@ class GraphStepper:
         is_decode = all(row.samples and len(row.token_ids) == 1 for row in rows)
         bucket = self._graphs.bucket_for(len(rows)) if is_decode else None
         if bucket is None:
-            return self._eager.logits(rows)
+            return self.eager.logits(rows)
         host = self._host.numpy()
         host[0, : len(rows)] = [row.token_ids[0] for row in rows]
         host[1, : len(rows)] = [row.start for row in rows]
