@@ -17,8 +17,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kernels import checks
 from kernels.cuda import plan
+from kernels.cuda.bucket import BucketStep, DecodeBucket
 from kernels.cuda.launcher import Argument, Constants, Launcher
-from kernels.cuda.plan import CudaStep, LongChunk, StepShape
+from kernels.cuda.plan import CudaStep, Layout, LongChunk, StepShape
 from kernels.ops import Heads, SamplingTable, SequenceTokens, TokenLogprobs
 from kernels.torchops import sampling
 
@@ -134,11 +135,11 @@ class CudaOps:
         _check_heads(heads, block_tokens)
         blocks = self._decode_blocks(heads)
         layout = plan.lay_out(sequences, heads, block_tokens, blocks)
-        return plan.upload(layout, heads, block_tokens, self._device, None)
+        return plan.upload(layout, heads, block_tokens, self._device)
 
     def decode_bucket(
         self, rows: int, blocks_max: int, heads: Heads, block_tokens: int
-    ) -> CudaStep:
+    ) -> BucketStep:
         """An empty step for up to `rows` decoding sequences of up to blocks_max blocks each.
 
         `refill` lays the next step's numbers into the same arrays, which a CUDA graph captured
@@ -147,17 +148,18 @@ class CudaOps:
         _check_heads(heads, block_tokens)
         blocks = self._decode_blocks(heads)
         shape = StepShape.of_bucket(rows, blocks_max, plan.pieces_max(rows, blocks, heads))
-        layout = plan.lay_out([], heads, block_tokens, blocks, shape)
-        return plan.upload(layout, heads, block_tokens, self._device, None)
+        bucket = DecodeBucket(shape, self._device.type == "cuda")
+        layout = Layout(shape, bucket.numbers, ())
+        step = plan.upload(layout, heads, block_tokens, self._device)
+        return BucketStep.of(step, bucket)
 
-    def refill(self, step: CudaStep, sequences: list[SequenceTokens]) -> None:
+    def refill(self, step: BucketStep, sequences: list[SequenceTokens]) -> None:
         """The numbers of these decoding sequences, in the bucket's arrays; one copy, no waiting.
 
-        Raises ValueError where the bucket is too small or a sequence has more than one token."""
-        heads, block_tokens = step.heads, step.block_tokens
-        blocks = self._decode_blocks(heads)
-        layout = plan.lay_out(sequences, heads, block_tokens, blocks, step.shape)
-        plan.upload(layout, heads, block_tokens, self._device, step)
+        The step that read them before must be over. See DecodeBucket.fill for what it raises."""
+        lanes = self._decode_blocks(step.heads) // step.heads.num_kv_heads
+        step.bucket.fill(sequences, step.block_tokens, lanes)
+        step.bucket.copy_to(step.numbers)
 
     def _decode_blocks(self, heads: Heads) -> int:
         """Blocks of threads that decode at the same time: as many as fit all multiprocessors."""
@@ -293,7 +295,10 @@ class CudaOps:
             table.temperature > 0.0, np.maximum(table.temperature, TEMPERATURE_MIN), 0.0
         )
         columns = (temperature, table.top_p, table.top_k, table.min_p, table.uniform)
-        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64)).to(self._device)
+        params = torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
+        if self._device.type == "cuda":
+            params = params.pin_memory()  # from other memory the copy would wait for the stream
+        return params.to(self._device, non_blocking=True)
 
     def sample_ids(self, logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """As `sample`, without waiting: (rows,) int32 on the device, -1 for None.

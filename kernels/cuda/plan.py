@@ -97,15 +97,9 @@ def pieces_max(rows: int, num_blocks: int, heads: Heads) -> int:
 
 
 def lay_out(
-    sequences: list[SequenceTokens],
-    heads: Heads,
-    block_tokens: int,
-    num_blocks: int,
-    bucket: StepShape | None = None,
+    sequences: list[SequenceTokens], heads: Heads, block_tokens: int, num_blocks: int
 ) -> Layout:
-    """The step's numbers; num_blocks: blocks of threads that decode at the same time.
-
-    With a bucket the arrays have its sizes, and every sequence must decode: ValueError else."""
+    """The step's numbers; num_blocks: blocks of threads that decode at the same time."""
     for sequence in sequences:
         checks.block_table("table", sequence.table, sequence.start + sequence.count, block_tokens)
     counts = np.array([sequence.count for sequence in sequences], dtype=np.int64)
@@ -118,67 +112,67 @@ def lay_out(
     places[:, 0] = first_rows[decoding]
     tiles, long_chunks = _chunks(sequences, first_rows, heads)
     used = -(-(starts + counts) // block_tokens)
-    if bucket is None:
-        shape = StepShape(
-            int(counts.sum()),
-            len(decoding),
-            len(sequences),
-            int(used.max(initial=1)),
-            len(pieces),
-            len(tiles),
-        )
-    else:
-        shape = bucket
-        _check_bucket(bucket, counts, used, len(pieces))
-    numbers = np.zeros(sum(shape.sizes()), dtype=np.int32)
-    ends = np.cumsum(shape.sizes())
-    slots, tables, piece_numbers, num_pieces, place_numbers, tile_numbers = np.split(
-        numbers, ends[:-1]
+    shape = StepShape(
+        int(counts.sum()),
+        len(decoding),
+        len(sequences),
+        int(used.max(initial=1)),
+        len(pieces),
+        len(tiles),
     )
-    slots[:] = -1
-    tables = tables.reshape(shape.tables, shape.blocks_max)
+    numbers = np.zeros(sum(shape.sizes()), dtype=np.int32)
+    slots, tables, piece_numbers, num_pieces, place_numbers, tile_numbers = split(numbers, shape)
     for index, sequence in enumerate(sequences):
         tables[index, : used[index]] = sequence.table[: used[index]]
         positions = np.arange(sequence.start, sequence.start + sequence.count)
         rows = slice(first_rows[index], first_rows[index] + sequence.count)
         blocks = sequence.table[positions // block_tokens]
         slots[rows] = blocks * block_tokens + positions % block_tokens
-    piece_numbers[: pieces.size] = pieces.reshape(-1)
+    piece_numbers[:] = pieces.reshape(-1)
     num_pieces[0] = len(pieces)
-    place_numbers[: places.size] = places.reshape(-1)
-    tile_numbers[: tiles.size] = tiles.reshape(-1)
+    place_numbers[:] = places.reshape(-1)
+    tile_numbers[:] = tiles.reshape(-1)
     return Layout(shape, numbers, long_chunks)
 
 
-def _check_bucket(bucket: StepShape, counts: np.ndarray, used: np.ndarray, pieces: int) -> None:
-    if len(counts) > bucket.rows or (counts != 1).any():
-        raise ValueError(f"{counts.tolist()} tokens per sequence, bucket of {bucket.rows} rows")
-    if used.max(initial=0) > bucket.blocks_max or pieces > bucket.pieces:
-        raise ValueError(f"{used.max()} blocks, {pieces} pieces: {bucket} is too small")
+def split(numbers: np.ndarray, shape: StepShape) -> list[np.ndarray]:
+    """Views of the arrays in the order of StepShape.sizes, the tables one row for each."""
+    parts = np.split(numbers, np.cumsum(shape.sizes())[:-1])
+    parts[1] = parts[1].reshape(shape.tables, shape.blocks_max)
+    return parts
 
 
-def cut(lengths: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Contexts of decoding rows as pieces, longest first, and where each row's pieces leave sums.
-
-    lengths (n,) tokens; lanes: pieces of one KV head that are computed at the same time. Of the
-    lengths tried for a piece, the one whose longest lane is estimated shortest.
-    pieces (m, 5): 0, index of the row, first token, end, place or -1; places (n, 3): 0, first
-    place, number of places (0 where the row is one piece)."""
-    lanes = max(lanes, 1)
-    best: tuple[float, np.ndarray] | None = None
+def piece_size(lengths: np.ndarray, lanes: int) -> int:
+    """Tokens of a piece: of the sizes tried, the one whose longest lane is estimated shortest; see
+    `cut`."""
+    best: tuple[float, int] | None = None
     size, longest = PIECE_TOKENS_MIN, int(lengths.max(initial=1))
     while True:
         parts = -(-lengths // size)
-        if len(lengths) <= parts.sum() <= len(lengths) + WAVES_MAX * lanes:
+        if parts.sum() <= len(lengths) + WAVES_MAX * lanes:
             each = np.sort(np.repeat(-(-lengths // parts), parts))[::-1]
             cost = float((each[::lanes] + PIECE_COST_TOKENS).sum())
             if best is None or cost < best[0]:
-                best = (cost, parts)
+                best = (cost, size)
         if size >= longest:
             break
         size = min(longest, size + max(PIECE_STEP_TOKENS, size // 4))
     assert best is not None, f"{len(lengths)} rows in {lanes} lanes"
-    sizes = -(-lengths // best[1])
+    return best[1]
+
+
+def cut(lengths: np.ndarray, lanes: int, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts of decoding rows as pieces, longest first, and where each row's pieces leave sums.
+
+    lengths (n,) tokens; lanes: pieces of one KV head that are computed at the same time; size: of
+    a piece, where known and not too small for the lanes.
+    pieces (m, 5): 0, index of the row, first token, end, place or -1; places (n, 3): 0, first
+    place, number of places (0 where the row is one piece)."""
+    lanes = max(lanes, 1)
+    if not size or (-(-lengths // size)).sum() > len(lengths) + WAVES_MAX * lanes:
+        size = piece_size(lengths, lanes)
+    parts = -(-lengths // size)
+    sizes = -(-lengths // parts)
     sizes = -(-sizes // PIECE_STEP_TOKENS) * PIECE_STEP_TOKENS
     parts = -(-lengths // sizes)
     row = np.repeat(np.arange(len(lengths)), parts)
@@ -217,16 +211,11 @@ def _chunks(
     return array, tuple(long_chunks)
 
 
-def upload(
-    layout: Layout, heads: Heads, block_tokens: int, device: torch.device, into: CudaStep | None
-) -> CudaStep:
-    """The step on the device, in new arrays or in those of `into`, whose layout has its shape."""
+def upload(layout: Layout, heads: Heads, block_tokens: int, device: torch.device) -> CudaStep:
+    """The step on the device, in new arrays."""
     host = torch.from_numpy(layout.numbers)
     if device.type == "cuda":
         host = host.pin_memory()
-    if into is not None:
-        into.numbers.copy_(host, non_blocking=True)
-        return into
     numbers = host.to(device, non_blocking=True, copy=True)
     shape = layout.shape
     slots, tables, pieces, num_pieces, places, tiles = numbers.split(shape.sizes())
