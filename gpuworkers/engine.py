@@ -287,13 +287,11 @@ class Engine:
             self._kv.start(sequence)
 
     def _state(self) -> scheduler.SchedulerState:
-        running = [s for s in self._sequences.values() if s.phase == "running"]
-        return scheduler.SchedulerState(
-            decoding=tuple(s for s in running if s.is_decoding and not s.is_batch),
-            prefilling=tuple(s for s in running if not s.is_decoding and not s.is_batch),
-            batch_decoding=tuple(s for s in running if s.is_decoding and s.is_batch),
-            batch_prefilling=tuple(s for s in running if not s.is_decoding and s.is_batch),
-        )
+        kinds: tuple[list[Sequence], ...] = ([], [], [], [])
+        for sequence in self._sequences.values():  # hundreds, while the device waits
+            if sequence.phase == "running":
+                kinds[2 * sequence.is_batch + (not sequence.is_decoding)].append(sequence)
+        return scheduler.SchedulerState(*(tuple(kind) for kind in kinds))
 
     def _record(self, plan: scheduler.Plan, result: RunResult, at_s: float) -> list[Key]:
         """Take the ids in, publish full blocks, end what has ended; returns ready prefills."""

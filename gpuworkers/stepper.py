@@ -6,8 +6,7 @@ bucket are padding, which writes no KV. Any other step runs eagerly.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +20,10 @@ Forward = Callable[[], torch.Tensor]
 Capture = Callable[[Forward], Forward]
 
 
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """Tokens [start, start + count) of one sequence; the last one yields logits when `samples`."""
+class StepRow(NamedTuple):
+    """Tokens [start, start + count) of one sequence; the last one yields logits when `samples`.
+
+    A tuple, because a step makes hundreds of them."""
 
     token_ids: Sequence[int]  # the count of them
     start: int
