@@ -8,6 +8,7 @@ Figures go to a JSON file, a short table comes last. Exit code 1 when a phase fa
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 
 from gpuworkers import enginebench, gpumodel, greedycheck
-from gpuworkers.enginebench import EngineBench
+from gpuworkers.enginebench import EngineBench, StepTime
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.llama import load_llama
 from gpuworkers.randommodel import CONFIGS, SMALL, RandomWeights
-from gpuworkers.stepper import Stepper
+from gpuworkers.stepper import GraphStepper, Stepper
 from kernels import bench, verify
 from kernels.torchops.backend import TorchOps
 
@@ -127,6 +128,7 @@ def time_engine(model_name: str) -> Answer:
     for step in enginebench.run_all(engine, decodes, enginebench.PREFILLS):
         times.append(step)
         print(f"measured {step.kind} {step.batch} x {step.tokens}", file=sys.stderr, flush=True)
+    times += engine_loops(stepper, kv, times)
     left_out = [f"{b} x {c}" for b, c in enginebench.DECODES if (b, c) not in decodes]
     table = [f"{'step':14}{'batch':>6}{'tokens':>8}{'wall ms':>10}{'device ms':>11}{'host':>7}"]
     table += [
@@ -144,6 +146,20 @@ def time_engine(model_name: str) -> Answer:
         "is_right": True,
         "table": table + ([f"no KV room for {', '.join(left_out)}"] if left_out else []),
     }
+
+
+def engine_loops(stepper: GraphStepper, kv: TorchKVCache, times: list[StepTime]) -> list[StepTime]:
+    """Whole steps of an engine, where the wire format's library is there."""
+    if importlib.util.find_spec("msgspec") is None:
+        print("msgspec is not installed: no engine loop is timed", file=sys.stderr)
+        return []
+    loop = importlib.import_module("gpuworkers.engineloop")
+    device_s = {(t.batch, t.tokens): t.device_s for t in times if t.kind == "decode"}
+    return [
+        loop.time_steps(stepper, kv, *shape, device_s[shape], time.perf_counter)
+        for shape in loop.SHAPES
+        if shape in device_s
+    ]
 
 
 def sanitize(tool: str) -> Answer:

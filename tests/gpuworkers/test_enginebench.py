@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpuworkers import enginebench
+from gpuworkers import enginebench, engineloop
 from gpuworkers.enginebench import (
     PREFILL_REPEATS,
     REPEATS,
@@ -64,7 +64,7 @@ def rig():
     clock, ops = Clock(), Counting()
     Counting.counts = {"sample": 0, "sample_ids": 0}
     files = RandomWeights("cpu", "cpu")
-    stepper, kv = place(CONFIG, files, ops, "cpu", 512, rerun, (1, 4), torch.float32)
+    stepper, kv = place(CONFIG, files, ops, "cpu", 2048, rerun, (1, 4), torch.float32)
     return EngineBench(stepper, kv, clock, clock.sleep), stepper, clock
 
 
@@ -114,3 +114,12 @@ def test_every_shape_is_timed_once(rig):
         ("decode", 4, 64),
         ("prefill", 1, 20),
     ]
+
+
+def test_a_loop_of_the_engine_is_timed_with_every_sequence_decoding(rig):
+    bench, stepper, clock = rig
+    found = engineloop.time_steps(stepper, bench._kv, 4, 33, 0.5, clock)
+    assert (found.kind, found.batch, found.tokens, found.device_s) == ("engine loop", 4, 33, 0.5)
+    assert found.wall_s == 4.0  # questions to the clock in one step: ours, and the engine's two
+    assert stepper.num_replays == WARMUPS + engineloop.REPEATS
+    assert stepper.ops.counts["sample_ids"] == 0
