@@ -117,7 +117,7 @@ class Worker:
             self._handoffs.revoke_all()
 
         def take_over() -> None:
-            engine.config = dataclasses.replace(engine.config, policy=welcome.policy)
+            self._take_policy(welcome.policy)
             for sequence in engine.live_sequences() if is_new else ():
                 engine.abandon(sequence.request_id, sequence.epoch)
 
@@ -140,10 +140,15 @@ class Worker:
                 self._driver.post(functools.partial(self._resend, message))
             case protocol.SetRole(role=role):
                 self._driver.post(functools.partial(engine.set_role, role))
+            case protocol.SetPolicy(policy=policy):
+                self._driver.post(functools.partial(self._take_policy, policy))
             case protocol.Drain():
                 self._driver.post(engine.drain)
             case _:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    def _take_policy(self, policy: protocol.Policy) -> None:
+        self._engine.config = dataclasses.replace(self._engine.config, policy=policy)
 
     # --- assignments and handoffs, event loop side
 

@@ -177,12 +177,14 @@ async def test_draining_worker_finishes_what_it_has_takes_nothing_new_and_says_s
         assert kinds(console).count(protocol.Drained()) == 1
 
 
-async def test_policy_of_the_welcome_reaches_the_engine() -> None:
+async def test_policy_of_the_welcome_and_each_later_one_reach_the_engine() -> None:
     engine = make_engine()
     async with StubConsole() as console:
         console.policy = protocol.Policy(kappa=0.25)
         async with running(console, engine):
             await console.until(lambda: engine.config.policy.kappa == 0.25)
+            await console.send("w1", protocol.SetPolicy(protocol.Policy(kappa=0.75)))
+            await console.until(lambda: engine.config.policy.kappa == 0.75)
 
 
 async def test_idle_seconds_reach_the_console_once() -> None:
