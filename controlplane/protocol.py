@@ -35,6 +35,13 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     dtype: str
 
 
+class DeviceLoad(msgspec.Struct, frozen=True):
+    """What the driver tells of a device now."""
+
+    utilization: float  # share of its last sampling period with work running, 0 to 1
+    power_w: float
+
+
 class ModelFacts(msgspec.Struct, frozen=True):
     """A model that a worker has loaded. `weights_sha256` makes two replicas comparable."""
 
@@ -156,6 +163,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     kv_blocks_cached: int
     kv_blocks_held_batch: int
     step_model: StepModel
+    device: DeviceLoad | None = None  # None: the device does not tell
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from controlplane import protocol
-from controlplane.errors import ProtocolError
+from controlplane.errors import ProtocolError, SlackwaterError
 from gpuworkers import handoff, handoffwire
 from gpuworkers.driver import Driver, Turn, call
 from gpuworkers.engine import Engine, Key
@@ -33,6 +33,7 @@ class WorkerFacts:
     engine: str
     device: protocol.DeviceFacts
     handoff_bind: str
+    device_load: Callable[[], protocol.DeviceLoad | None] = lambda: None
 
 
 MakeDriver = Callable[[Engine, Callable[[Turn], None]], Driver]
@@ -53,7 +54,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._driver = make_driver(engine, self._stepped)
         self._link = Link(facts.join_url, facts.token, self, uniform)
-        self._heart = Heart(self._link, self._driver)
+        self._heart = Heart(self._link, self._driver, facts.device_load)
         self._handoffs = handoff.HandoffServer(engine.runner.kv, self._sent, self._dropped)
         self._address = ""
         self._is_drained_told = False
@@ -71,7 +72,9 @@ class Worker:
                 [link, heart, self._driver.failed], return_when=asyncio.FIRST_COMPLETED
             )
             if self._driver.failed.done():
-                await self._link.close("engine failed")
+                failure = self._driver.failed.exception()
+                is_ours = isinstance(failure, SlackwaterError)  # else a defect, told in our log
+                await self._link.close(str(failure) if is_ours else "engine failed")
                 self._driver.failed.result()
             await link
         finally:
@@ -240,14 +243,14 @@ class Worker:
         self._to_loop(self._link.post, protocol.StepReport(reports, load))
 
     def _stepped(self, turn: Turn) -> None:
-        self._heart.load = turn.load
+        load = self._heart.observe(turn.load)
         if turn.sequences is None:
-            self._link.post(protocol.Heartbeat(turn.load, 0.0))
+            self._link.post(protocol.Heartbeat(load, 0.0))
         else:
             for report in turn.sequences:
                 if report.finish_reason is not None:
                     self._handoffs.revoke((report.request_id, report.epoch))
-            self._link.post(protocol.StepReport(turn.sequences, turn.load))
+            self._link.post(protocol.StepReport(turn.sequences, load))
         kv = self._engine.runner.kv
         for prompt in turn.ready:
             if self._handoffs.ready(prompt.key, prompt.block_ids, prompt.first_ids):

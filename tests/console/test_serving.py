@@ -22,7 +22,8 @@ OPTIONS = {
     "model_id": "",
     "profile": "cpu-fast",
     "dtype": "auto",
-    "numerics": "exact",
+    "numerics": "",
+    "device": "cpu",
     "fleet": 0,
 }
 
@@ -134,6 +135,13 @@ def test_native_workers_serve_the_folder_under_its_name(tmp_path):
         (str(folder), "tiny")
     }
     assert {spec.model_id for spec in worker_specs({**options, "model_id": "other"})} == {"other"}
+
+
+def test_workers_take_the_devices_in_turn():
+    specs = worker_specs({**OPTIONS, "device": "cuda:0,cuda:1"})
+    assert [spec.device for spec in specs] == ["cuda:0", "cuda:1", "cuda:0"]
+    options = specs[1].options()
+    assert options[options.index("--device") + 1] == "cuda:1" and "--numerics" not in options
 
 
 @pytest.mark.parametrize(

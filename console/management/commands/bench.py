@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from console.simprocess import SimFailed, simulate
+from console.simprocess import SimFailed, run_module, simulate
 
 TOP = (
     "harvest",
@@ -18,7 +18,7 @@ TOP = (
 
 
 class Command(BaseCommand):
-    help = "Measure: `coserve` runs interactive and batch work on one worker"
+    help = "Measure: `coserve`, interactive and batch work on one worker; `kernels`, those of a GPU"
     requires_system_checks: list[str] = []
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -32,8 +32,27 @@ class Command(BaseCommand):
         coserve.add_argument("--seeds", type=int, default=8)
         coserve.add_argument("--seconds", type=float, default=500.0, help="virtual, of each seed")
         coserve.add_argument("--rate", type=float, default=3.0, help="interactive requests per s")
+        kernels = kinds.add_parser("kernels", help="the CUDA kernels against the GPU's ceilings")
+        kernels.add_argument("--json", action="store_true")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["kind"] == "kernels":
+            self.kernels(options["json"])
+        else:
+            self.coserve(options)
+
+    def kernels(self, is_json: bool) -> None:
+        """What kernels.bench prints; without a GPU that is one line."""
+        done = run_module("kernels.bench", ["--json"] if is_json else [])
+        if done.stdout:
+            self.stdout.write(done.stdout.rstrip("\n"))
+        elif is_json:
+            reason = f"kernels.bench ended with {done.returncode} and no answer"
+            self.stdout.write(json.dumps({"error": reason}))
+        if done.returncode != 0:
+            sys.exit(1)
+
+    def coserve(self, options: dict[str, Any]) -> None:
         arguments = ["coserve"]
         for name in ("seeds", "seconds", "rate"):
             arguments += [f"--{name}", str(options[name])]
