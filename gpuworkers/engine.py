@@ -13,6 +13,7 @@ from typing import Protocol
 from controlplane import protocol
 from controlplane.latency import LatencyModel
 from gpuworkers import blocks, scheduler
+from gpuworkers.handofflayers import LayerListener, layer_hook
 from gpuworkers.kvstore import KVStore
 from gpuworkers.load import LoadMeter
 from gpuworkers.reports import EndedSequences, Key, report
@@ -42,7 +43,12 @@ class Runner(Protocol):
     kv: KVStore
     eos_token_ids: frozenset[int]
 
-    def run(self, plan: scheduler.Plan) -> RunResult: ...
+    def run(
+        self, plan: scheduler.Plan, layer_written: Callable[[int], None] | None = None
+    ) -> RunResult:
+        """Calls layer_written with each layer's number once a read that begins then sees the KV of
+        all rows in it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ class Engine:
         self._ended = EndedSequences(config.finished_kept_max)
         self._reports: list[protocol.SequenceReport] = []  # to go with the next step
         self._meter = LoadMeter()
+        self.layer_listener: LayerListener | None = None  # set once by the worker
 
     # --- assignments
 
@@ -164,12 +171,12 @@ class Engine:
         del self._sequences[sequence.key]
         del self._epochs[sequence.request_id]
 
-    def installed(self, request_id: str, epoch: int, first_ids: list[int], now_s: float) -> None:
+    def installed(self, request_id: str, epoch: int, first_ids: list[int], now_s: float) -> bool:
         """The peer's KV is in our blocks: the sequence goes on after `first_ids`, which the peer
-        has reported."""
+        has reported. False when it was forgotten meanwhile."""
         sequence = self._sequences.get((request_id, epoch))
         if sequence is None or sequence.phase != "arriving":
-            return
+            return False
         sequence.computed_tokens = len(sequence.token_ids)
         sequence.token_ids.extend(first_ids)
         sequence.last_token_at_s = now_s
@@ -178,6 +185,7 @@ class Engine:
         finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
         if finish_reason is not None:
             self._end(sequence, finish_reason)
+        return True
 
     def handed_off(self, request_id: str, epoch: int) -> None:
         """The peer holds the KV: free it; the next report says `handed_off`."""
@@ -261,7 +269,7 @@ class Engine:
         if plan.rows:
             started_at_s = clock()
             self.step_model.observe_host(max(0.0, started_at_s - now_s))
-            result = self.runner.run(plan)
+            result = self.runner.run(plan, self._layer_hook(plan))
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
             self.step_model.observe(plan.features, measured_s)
@@ -271,6 +279,10 @@ class Engine:
             self.check_integrity()
         reports, self._reports = self._reports, []
         return StepResult(reports, ready, measured_s)
+
+    def _layer_hook(self, plan: scheduler.Plan) -> Callable[[int], None] | None:
+        num_layers = self.runner.kv.num_layers
+        return layer_hook(plan, self.pool.block_tokens, num_layers, self.layer_listener)
 
     def _next_batch(self) -> Sequence | None:
         """The oldest waiting batch sequence, when it may get its blocks now."""

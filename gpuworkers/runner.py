@@ -5,6 +5,7 @@ by probing this machine, and measures the step model that the scheduler plans wi
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,10 @@ class TorchRunner:
         self.kv = kv
         self.eos_token_ids = model.config.eos_token_ids
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, plan: Plan, layer_written: Callable[[int], None] | None = None) -> RunResult:
         """Compute the plan's rows and draw the ids of those that sample."""
         with torch.inference_mode():
-            logits = self.logits(plan.rows)
+            logits = self.logits(plan.rows, layer_written)
             sampling = [row.sequence for row in plan.rows if row.samples]
             if not sampling:
                 return RunResult([])
@@ -55,7 +56,9 @@ class TorchRunner:
             token_ids = self.ops.sample(edited, sampling_table(sampling))
             return RunResult(token_ids, logprobs_of(self.ops, logits, sampling, token_ids))
 
-    def logits(self, rows: tuple[PlanRow, ...]) -> torch.Tensor:
+    def logits(
+        self, rows: tuple[PlanRow, ...], layer_written: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
         """Logits of the rows that sample, in their order; writes KV of all rows."""
         token_ids, positions, sequences, last_rows = [], [], [], []
         num_rows = 0
@@ -76,6 +79,7 @@ class TorchRunner:
             self.kv.layers,
             step,
             torch.tensor(last_rows, dtype=torch.int64),
+            layer_written,
         )
 
 
