@@ -9,6 +9,7 @@ import pytest
 from controlplane import protocol
 from gpuworkers.driver import COMMANDS_MAX, Driver, TaskDriver
 from gpuworkers.engine import Engine
+from gpuworkers.server import Worker
 from tests.gpuworkers.flipproxy import FlipProxy
 from tests.gpuworkers.stubconsole import StubConsole, assign, make_engine, make_worker
 
@@ -19,7 +20,7 @@ CAPABILITY = "capability-of-r"
 @contextlib.asynccontextmanager
 async def running(
     console: StubConsole, *engines: Engine, driver: type[Driver] = TaskDriver
-) -> AsyncIterator[None]:
+) -> AsyncIterator[list[Worker]]:
     """Workers w1, w2, … on these engines; stopped, and their blocks checked, at the end."""
     workers = [make_worker(console.url, engine, driver=driver) for engine in engines]
     tasks = []
@@ -27,7 +28,7 @@ async def running(
         tasks.append(asyncio.create_task(worker.run()))
         await console.joined(number)
     try:
-        yield
+        yield workers
     finally:
         for worker in workers:
             await worker.stop("test over")
