@@ -171,12 +171,12 @@ class Engine:
         del self._sequences[sequence.key]
         del self._epochs[sequence.request_id]
 
-    def installed(self, request_id: str, epoch: int, first_ids: list[int], now_s: float) -> bool:
+    def installed(self, request_id: str, epoch: int, first_ids: list[int], now_s: float) -> None:
         """The peer's KV is in our blocks: the sequence goes on after `first_ids`, which the peer
-        has reported. False when it was forgotten meanwhile."""
+        has reported."""
         sequence = self._sequences.get((request_id, epoch))
         if sequence is None or sequence.phase != "arriving":
-            return False
+            return
         sequence.computed_tokens = len(sequence.token_ids)
         sequence.token_ids.extend(first_ids)
         sequence.last_token_at_s = now_s
@@ -185,7 +185,6 @@ class Engine:
         finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
         if finish_reason is not None:
             self._end(sequence, finish_reason)
-        return True
 
     def handed_off(self, request_id: str, epoch: int) -> None:
         """The peer holds the KV: free it; the next report says `handed_off`."""

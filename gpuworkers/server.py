@@ -218,8 +218,8 @@ class Worker:
         """Runs between two steps, before the first one with the sequence. Only now the console
         hears of it and lets the first ids go: the next one follows them after one step."""
         key = (done.request_id, done.epoch)
-        if self._engine.installed(*key, first_ids, self._loop.time()):
-            self._to_loop(self._link.post, done)
+        self._engine.installed(*key, first_ids, self._loop.time())
+        self._to_loop(self._link.post, done)
 
     def _forget_arrival(self, request_id: str) -> None:
         """Stops the transfer before the engine may free its blocks."""

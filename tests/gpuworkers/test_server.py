@@ -252,6 +252,26 @@ async def test_output_with_handoff_equals_output_without() -> None:
         assert all(engine.is_idle() for engine in engines)
 
 
+async def test_console_hears_of_moved_kv_between_the_step_in_hand_and_the_first_with_it() -> None:
+    """It lets the first id go then, so that one step of ours lies between it and the next id."""
+    engines = make_engine("prefill"), make_engine("decode")
+    async with StubConsole() as console, running(console, *engines):
+        await console.send("w2", assign("long", PROMPT, 5000))
+        await console.until(lambda: len(console.output("long")) > 1)
+        engines[1].runner._step = protocol.StepModel(0.3, 0.0, 0.0)
+        await asyncio.sleep(0.02)  # from now on a step is in hand for most of the time
+        await send_pair(console, PROMPT, 24)
+        await console.until(lambda: bool(reported(console, "w2", "r")))
+        engines[1].runner._step = protocol.StepModel(0.002, 0.0, 0.0)
+        heard = [message for name, message in console.heard if name == "w2"]
+        (at,) = [i for i, m in enumerate(heard) if isinstance(m, protocol.HandoffDone)]
+        steps = [m for m in heard[at:] if isinstance(m, protocol.StepReport)]
+        assert "r" in {report.request_id for report in steps[0].sequences}
+        assert reported(console, "w2", "r")[0].seq == 1
+        await console.finished("r")
+        await console.send("w2", protocol.Cancel("long", 1))
+
+
 async def test_handoff_after_failover_carries_the_delivered_ids() -> None:
     alone = await undisturbed(PROMPT, 24)
     async with StubConsole() as console, running(console, make_engine(), make_engine()):
@@ -372,6 +392,14 @@ async def test_newer_epoch_during_a_handoff_ends_the_transfer_first() -> None:
 
 
 # --- what a console heard
+
+
+def reported(
+    console: StubConsole, worker_id: str, request_id: str
+) -> list[protocol.SequenceReport]:
+    """What one worker told of a request's ids."""
+    steps = [m for w, m in console.heard if w == worker_id and isinstance(m, protocol.StepReport)]
+    return [r for m in steps for r in m.sequences if r.request_id == request_id and r.token_ids]
 
 
 def kinds(console: StubConsole) -> list[protocol.FromWorker]:
