@@ -190,7 +190,8 @@ class HandoffReady(msgspec.Struct, frozen=True, tag="handoff_ready"):
 
 
 class HandoffDone(msgspec.Struct, frozen=True, tag="handoff_done"):
-    """The decode worker holds verified KV and goes on decoding."""
+    """The decode worker holds verified KV and begins its first step with it. `seconds` passed
+    between the computed prompt and its KV in place."""
 
     request_id: str
     epoch: int

@@ -14,6 +14,7 @@ from typing import Protocol
 from controlplane import protocol
 from controlplane.latency import LatencyModel
 from gpuworkers import blocks, scheduler
+from gpuworkers.handofflayers import LayerListener, layer_hook
 from gpuworkers.kvstore import KVStore
 from gpuworkers.load import LoadMeter
 from gpuworkers.reports import EndedSequences, Key, report
@@ -43,7 +44,12 @@ class Runner(Protocol):
     kv: KVStore
     eos_token_ids: frozenset[int]
 
-    def run(self, plan: scheduler.Plan) -> RunResult: ...
+    def run(
+        self, plan: scheduler.Plan, layer_written: Callable[[int], None] | None = None
+    ) -> RunResult:
+        """Calls layer_written with each layer's number once a read that begins then sees the KV of
+        all rows in it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,7 @@ class Engine:
         self._reports: list[protocol.SequenceReport] = []  # to go with the next step
         self._meter = LoadMeter()
         self._online_arrival_s = -math.inf
+        self.layer_listener: LayerListener | None = None  # set once by the worker
 
     # --- assignments
 
@@ -265,7 +272,7 @@ class Engine:
         if plan.rows:
             started_at_s = clock()
             self.step_model.observe_host(max(0.0, started_at_s - now_s))
-            result = self.runner.run(plan)
+            result = self.runner.run(plan, self._layer_hook(plan))
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
             self.step_model.observe(plan.features, measured_s)
@@ -275,6 +282,10 @@ class Engine:
             self.check_integrity()
         reports, self._reports = self._reports, []
         return StepResult(reports, ready, measured_s)
+
+    def _layer_hook(self, plan: scheduler.Plan) -> Callable[[int], None] | None:
+        num_layers = self.runner.kv.num_layers
+        return layer_hook(plan, self.pool.block_tokens, num_layers, self.layer_listener)
 
     def _next_batch(self) -> Sequence | None:
         """The oldest waiting batch sequence, when it may get its blocks now."""
