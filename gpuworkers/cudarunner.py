@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from controlplane import protocol
-from controlplane.errors import ConfigError
 from controlplane.latency import LatencyModel
 from gpuworkers import gpumodel
-from gpuworkers.gpu import INSTALL, library, open_gpu
+from gpuworkers.gpu import library, open_gpu
 from gpuworkers.models.config import read_config
 from gpuworkers.runner import Shapes, TorchRunner, calibrate
 from gpuworkers.weights import WeightFiles
@@ -31,16 +30,13 @@ def load(
     kv_tokens 0 takes what the device has room for. Raises ConfigError where the device cannot be
     used or the model does not fit, ModelError for an unusable folder, DeviceFailed."""
     gpu = open_gpu(device, torch.cuda, library("pynvml"))
-    if library("cupy") is None:
-        raise ConfigError(f"--device={device}: CuPy is missing; {INSTALL}")
+    ops = gpumodel.cuda_ops(device)
     folder = Path(model_dir)
     config = read_config(folder)
     room = gpumodel.kv_room(config, device, kv_tokens)
     files = WeightFiles(folder, device)
     with torch.cuda.device(device):
-        stepper, kv = gpumodel.place(
-            config, files, gpumodel.cuda_ops(), device, room, gpumodel.capture_into_pool()
-        )
+        stepper, kv = gpumodel.place(config, files, ops, device, room, gpumodel.capture_into_pool())
     runner = TorchRunner(stepper, kv)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // gpumodel.BLOCK_TOKENS
     max_model_len = min(config.max_model_len, kv.num_blocks * gpumodel.BLOCK_TOKENS)

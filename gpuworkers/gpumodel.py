@@ -20,12 +20,13 @@ BLOCK_TOKENS = 64  # the largest block of the layout: the fewest table entries a
 DTYPE = torch.bfloat16  # what the kernels are written for
 
 
-def cuda_ops() -> Any:
-    """The CUDA backend. Raises ConfigError where CuPy is missing."""
+def cuda_ops(device: str) -> Any:
+    """The CUDA backend on one device. Raises ConfigError where CuPy is missing."""
     try:
-        return importlib.import_module("kernels.cuda.backend").CudaOps()
+        backend = importlib.import_module("kernels.cuda.device")
     except ImportError as error:
         raise ConfigError(f"the CUDA kernels need CuPy: {error}") from None
+    return backend.cuda_ops(torch.device(device))
 
 
 def capture_into_pool() -> Capture:
@@ -67,12 +68,10 @@ def place(
     max_len = min(config.max_model_len, num_blocks * BLOCK_TOKENS)
     with torch.no_grad():  # not inference mode: handoff writes into the KV arrays later
         model = load_llama(config, files, dtype, ops, max_len)
-        kv = TorchKVCache(
-            config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, dtype, device, num_spare=1
-        )
+        kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, dtype, device)
         eager = Stepper(model, ops, kv.layers, BLOCK_TOKENS)
         with kv.work():
-            stepper = GraphStepper(eager, ops, num_blocks, capture, max_len, buckets)
+            stepper = GraphStepper(eager, ops, capture, max_len, buckets)
             kv.synchronize()
     return stepper, kv
 

@@ -26,16 +26,14 @@ class TorchKVCache:
         heads: Heads,
         dtype: torch.dtype,
         device: str = "cpu",
-        num_spare: int = 0,
     ) -> None:
-        """`num_spare` blocks lie behind those that sequences can get."""
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.dtype = dtype
         self.dtype_name = DTYPE_NAMES[dtype]
         self.device = torch.device(device)
-        shape = (num_blocks + num_spare, 2, heads.num_kv_heads, block_tokens, heads.head_dim)
+        shape = (num_blocks, 2, heads.num_kv_heads, block_tokens, heads.head_dim)
         self.layers = [
             torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(num_layers)
         ]

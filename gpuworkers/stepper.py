@@ -1,8 +1,8 @@
 """One forward pass over the rows of a step: ragged and eager, or a replayed CUDA graph of decodes.
 
 A decode step has one token of each sequence. Its kernels are the same at every step, so they are
-captured once for each batch bucket and replayed with new numbers in the same buffers; rows up to
-the bucket are padding, which reads and writes a block of its own. Any other step runs eagerly.
+captured once for each batch bucket and replayed with new numbers in the same arrays; rows up to the
+bucket are padding, which writes no KV. Any other step runs eagerly.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gpuworkers.models.llama import Llama
-from kernels.ops import Heads, Ops, SequenceTokens
+from kernels.ops import Heads, Ops, SamplingTable, SequenceTokens
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -66,63 +66,24 @@ class Stepper:
 
 
 class DecodeOps(Ops, Protocol):
-    """What captured steps need beside the operations."""
+    """What captured steps need beside the operations; kernels.cuda.backend.CudaOps has it."""
 
-    def plan_decodes(
-        self, tables: torch.Tensor, lengths: torch.Tensor, heads: Heads, block_tokens: int
-    ) -> Any:
-        """A step of one token per row whose indices are read when its kernels run.
-
-        tables (rows, blocks_max) int32, block ids, whatever stands beyond a row's blocks is not
-        read; lengths (rows,) int32, tokens of the row with the new one, >= 1. Both are filled
-        anew before each run and stay where they are."""
+    def decode_bucket(self, rows: int, blocks_max: int, heads: Heads, block_tokens: int) -> Any:
+        """A step for up to `rows` sequences of one new token each, over arrays that stay where
+        they are; rows without a sequence write no KV."""
         ...
 
+    def refill(self, step: Any, sequences: list[SequenceTokens]) -> None:
+        """Put these sequences' numbers into the arrays of the bucket's step."""
+        ...
 
-class DecodeBuffers:
-    """Numbers of a decode step: written on the host, copied to the device in one piece.
+    def sampling_params(self, table: SamplingTable) -> Any:
+        """The table on the device."""
+        ...
 
-    One int32 array serves all buckets: for a bucket of n rows it holds n token ids, n lengths and
-    n rows of blocks_max block ids, one after the other."""
-
-    def __init__(
-        self, device: torch.device, blocks_max: int, scratch_block: int, bucket_max: int
-    ) -> None:
-        size = bucket_max * (2 + blocks_max)
-        is_cuda = device.type == "cuda"
-        # Ids of blocks that no row has are those of the scratch block, a valid address.
-        self._staging = torch.full((size,), scratch_block, dtype=torch.int32, pin_memory=is_cuda)
-        self._host = self._staging.numpy()
-        self._device = torch.full_like(self._staging, scratch_block, device=device)
-        self._blocks_max = blocks_max
-        self._scratch_block = scratch_block
-        self._bucket = 0
-        self._tables: list[np.ndarray] = []  # what stands in the rows of the staging array
-
-    def views(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids (bucket,), lengths (bucket,), tables (bucket, blocks_max) on the device."""
-        sizes = [bucket, bucket, bucket * self._blocks_max]
-        ids, lengths, tables = self._device[: sum(sizes)].split(sizes)
-        return ids, lengths, tables.view(bucket, self._blocks_max)
-
-    def fill(self, rows: Sequence[StepRow], bucket: int) -> None:
-        """The rows' numbers, padding up to the bucket, and the copy. No kernel of the step before
-        may still read them."""
-        count = len(rows)
-        if bucket != self._bucket:
-            self._bucket, self._tables = bucket, []
-        ids, lengths = self._host[:bucket], self._host[bucket : 2 * bucket]
-        tables = self._host[2 * bucket : bucket * (2 + self._blocks_max)].reshape(bucket, -1)
-        ids[:count] = [row.token_ids[0] for row in rows]
-        lengths[:count] = [row.start + 1 for row in rows]
-        ids[count:], lengths[count:] = 0, 1
-        tables[count:, 0] = self._scratch_block
-        for index, row in enumerate(rows):
-            if index >= len(self._tables) or self._tables[index] is not row.table:
-                tables[index, : len(row.table)] = row.table
-        self._tables = [row.table for row in rows]
-        used = bucket * (2 + self._blocks_max)
-        self._device[:used].copy_(self._staging[:used], non_blocking=True)
+    def sample_ids(self, logits: torch.Tensor, params: Any) -> torch.Tensor:
+        """As Ops.sample, without waiting: ids (rows,) on the device."""
+        ...
 
 
 class DecodeGraphs:
@@ -144,34 +105,38 @@ class DecodeGraphs:
 
 
 class GraphStepper:
-    """Decode steps from graphs, others as `Stepper` does them. `scratch_block` belongs to no
-    sequence; `capture` turns a forward pass into its replay."""
+    """Decode steps from graphs, others as `Stepper` does them. `capture` turns a forward pass into
+    its replay; sequences have at most max_len tokens."""
 
     def __init__(
         self,
         eager: Stepper,
         ops: DecodeOps,
-        scratch_block: int,
         capture: Capture,
         max_len: int,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         self.model = eager.model
-        self.ops: Ops = ops
+        self.ops = ops
         self.num_replays = 0
-        self._eager = eager
-        heads, layers, block_tokens = eager.model.heads, eager.layers, eager.block_tokens
-        blocks_max = -(-max_len // block_tokens)
-        self._buffers = DecodeBuffers(layers[0].device, blocks_max, scratch_block, max(buckets))
+        self.eager = eager
+        device = eager.layers[0].device
+        blocks_max = -(-max_len // eager.block_tokens)
+        # Token ids of a step, then its positions; one copy takes both to the device.
+        is_cuda = device.type == "cuda"
+        self._host = torch.zeros(2, max(buckets), dtype=torch.int64, pin_memory=is_cuda)
+        self._device = torch.zeros_like(self._host, device=device)
+        self._steps: dict[int, Any] = {}
 
         def make(bucket: int) -> Forward:
-            ids, lengths, tables = self._buffers.views(bucket)
-            every_row = torch.arange(bucket, device=ids.device)
-            step = ops.plan_decodes(tables, lengths, heads, block_tokens)
-            self._buffers.fill((), bucket)
+            heads, block_tokens = self.model.heads, eager.block_tokens
+            step = ops.decode_bucket(bucket, blocks_max, heads, block_tokens)
+            self._steps[bucket] = step
+            every_row = torch.arange(bucket, device=device)
+            ids, positions = self._device[:, :bucket]
 
             def forward() -> torch.Tensor:
-                return self.model.forward(ops, ids, lengths - 1, layers, step, every_row)
+                return self.model.forward(ops, ids, positions, eager.layers, step, every_row)
 
             return capture(forward)
 
@@ -180,14 +145,20 @@ class GraphStepper:
     def logits(
         self, rows: Sequence[StepRow], layer_written: LayerWritten | None = None
     ) -> torch.Tensor:
-        """See Stepper.logits. A replay has no layers to hear of."""
+        """See Stepper.logits. No kernel of the step before may still run; a replay has no layers
+        to hear of."""
         is_decode = layer_written is None and all(
             row.samples and len(row.token_ids) == 1 for row in rows
         )
         bucket = self._graphs.bucket_for(len(rows)) if is_decode else None
         if bucket is None:
-            return self._eager.logits(rows, layer_written)
-        self._buffers.fill(rows, bucket)
+            return self.eager.logits(rows, layer_written)
+        host = self._host.numpy()
+        host[0, : len(rows)] = [row.token_ids[0] for row in rows]
+        host[1, : len(rows)] = [row.start for row in rows]
+        self._device.copy_(self._host, non_blocking=True)
+        sequences = [SequenceTokens(row.start, 1, row.table) for row in rows]
+        self.ops.refill(self._steps[bucket], sequences)
         self.num_replays += 1
         return self._graphs.replay(bucket)[: len(rows)]
 

@@ -128,7 +128,7 @@ def _random(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def cases(ops: Any, device: torch.device, shape: Shape) -> Iterator[Case]:
     """Every operation at every size; arrays live until the next case is asked for. `ops` are the
-    CUDA backend's, see gpuworkers.stepper.DecodeOps."""
+    CUDA backend's."""
     torch.manual_seed(SEED)
     for rows in (shape.long_rows, shape.short_rows):
         yield from _row_wise(ops, device, shape, rows)
@@ -193,9 +193,8 @@ def _decode(ops: Any, device: torch.device, shape: Shape, batch: int, context: i
     per_row = -(-context // shape.block_tokens)
     layer = _layer(batch * per_row, shape, device)
     order = np.random.default_rng(SEED).permutation(batch * per_row).reshape(batch, per_row)
-    tables = torch.from_numpy(order.astype(np.int32)).to(device)
-    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-    step = ops.plan_decodes(tables, lengths, heads, shape.block_tokens)
+    step = ops.decode_bucket(batch, per_row, heads, shape.block_tokens)
+    ops.refill(step, [SequenceTokens(context - 1, 1, blocks) for blocks in order])
     q = _random((batch, heads.num_q_heads, dim), device)
     moved = batch * 2 * dim * 2 * (context * heads.num_kv_heads + heads.num_q_heads)
     flops = 4 * batch * heads.num_q_heads * dim * context
@@ -264,7 +263,7 @@ def _sampling(ops: Any, device: torch.device, shape: Shape) -> Iterator[Case]:
             min_p=np.zeros(rows),
             uniform=draws,
         )
-        prepared = ops.prepare_sampling(table)
+        params = ops.sampling_params(table)
         rival: dict[str, Run] = {}
         if name == "greedy":
             rival = {"argmax": lambda: logits.argmax(1)}
@@ -272,7 +271,7 @@ def _sampling(ops: Any, device: torch.device, shape: Shape) -> Iterator[Case]:
             rival = {"topk": lambda k=top_k: logits.topk(k, dim=1)}
         yield Case(
             f"sample {name}", f"{rows} x {vocab}", num_bytes, 0, "copy",
-            lambda prepared=prepared: ops.sample_ids(logits, prepared), rival,
+            lambda params=params: ops.sample_ids(logits, params), rival,
         )  # fmt: skip
 
 
@@ -353,7 +352,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"error": reason}) if options.json else reason)
         return 1 if options.json else 0
     device = torch.device("cuda:0")
-    ops = importlib.import_module("kernels.cuda.backend").cuda_ops(device)
+    ops = importlib.import_module("kernels.cuda.device").cuda_ops(device)
     ceiling, rows = run_all(ops, device, CudaTimer(device))
     if options.json:
         print(json.dumps(facts(device) | asdict(ceiling) | {"rows": [asdict(r) for r in rows]}))

@@ -51,7 +51,7 @@ class Check:
 
 
 def checks(ops: Any, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Check]:
-    """All comparisons. `ops` are a backend's with plan_decodes, see kernels.ops."""
+    """All comparisons. `ops` are a backend's with decode buckets."""
     torch.manual_seed(SEED)
     yield from _row_wise(ops, device, dtype, sizes)
     for heads in sizes.heads:
@@ -172,30 +172,19 @@ def _decodes(
     expected = reference.attention(q.double(), cast.layer.double(), step)
     layer = cast.layer.to(device)
     for batch in (len(lengths), 1):  # a step of one row may split its context otherwise
-        steps = [
-            ("planned", ops.plan_step(cast.sequences[-batch:], heads, size)),
-            ("buffered", _buffered(ops, device, cast.sequences[-batch:], heads, size)),
-        ]
-        for name, planned in steps:
-            actual = ops.attention(q[-batch:].to(device), layer, planned)
-            error = max(
-                _error(row, wide) for row, wide in zip(actual, expected[-batch:], strict=True)
-            )
+        part, rows = cast.sequences[-batch:], q[-batch:]
+        bucket = ops.decode_bucket(batch + 3, len(part[-1].table) + 3, heads, size)
+        ops.refill(bucket, part)
+        padded = torch.cat([rows, rows.new_zeros(3, *rows.shape[1:])])
+        for name, planned, queries in (
+            ("planned", ops.plan_step(part, heads, size), rows),
+            ("bucket", bucket, padded),
+        ):
+            actual = ops.attention(queries.to(device), layer, planned)
+            pairs = zip(actual[:batch], expected[-batch:], strict=True)
+            error = max(_error(row, wide) for row, wide in pairs)
             case = f"{name} {batch} rows to {context_max} {heads}"
             yield Check("decode attention", case, error, TOLERANCES[dtype])
-
-
-def _buffered(
-    ops: Any, device: torch.device, sequences: list[SequenceTokens], heads: Heads, size: int
-) -> Any:
-    """The same decodes from tables with room for more; what is beyond a row's blocks is out of
-    the layer, so that reading it fails."""
-    width = max(len(sequence.table) for sequence in sequences) + 3
-    tables = torch.full((len(sequences), width), 1 << 30, dtype=torch.int32)
-    for row, sequence in enumerate(sequences):
-        tables[row, : len(sequence.table)] = torch.from_numpy(sequence.table)
-    lengths = torch.tensor([s.start + 1 for s in sequences], dtype=torch.int32)
-    return ops.plan_decodes(tables.to(device), lengths.to(device), heads, size)
 
 
 def _ragged(

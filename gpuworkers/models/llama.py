@@ -86,7 +86,7 @@ class Llama:
         sampling_rows: torch.Tensor,
         layer_written: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Logits (len(sampling_rows), vocab) float32; writes KV of every row.
+        """Logits (len(sampling_rows), vocab) in the model's dtype; writes KV of every row.
 
         token_ids, positions (rows,) int64 or int32; `step` from the ops, over the same rows;
         layer_written hears the number of a layer when its KV is there."""
@@ -107,10 +107,10 @@ class Llama:
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
         if len(sampling_rows) == 0:
-            return torch.empty(0, self.config.vocab_size, device=x.device)
+            return torch.empty(0, self.config.vocab_size, dtype=x.dtype, device=x.device)
         x, residual = x.index_select(0, sampling_rows), residual.index_select(0, sampling_rows)
         x = ops.add_rms_norm(x, residual, self._norm, eps)
-        return ops.linear(x, self._head).float()
+        return ops.linear(x, self._head)
 
 
 def rope_tables(config: LlamaConfig, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,10 +94,10 @@ def test_a_device_that_cannot_be_used_is_refused_in_one_line(cuda, nvml, reason)
     assert str(refused.value).startswith("--device=cuda:3: ") and "\n" not in str(refused.value)
 
 
-def test_torch_without_a_gpu_is_refused_too():
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no NVIDIA GPU"):
-            open_gpu("cuda:0", torch.cuda, None)
+def test_torch_without_a_gpu_is_refused_too(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="no NVIDIA GPU"):
+        open_gpu("cuda:0", torch.cuda, None)
 
 
 def test_a_library_that_is_not_installed_is_none():

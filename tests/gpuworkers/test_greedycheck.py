@@ -61,8 +61,8 @@ def test_bfloat16_agrees_or_parts_where_two_ids_are_nearly_as_likely():
 class Skewed(BufferedTorch):
     """Attention that forgets the newest token in captured steps."""
 
-    def plan_decodes(self, tables, lengths, heads, block_tokens):
-        return super().plan_decodes(tables, (lengths - 1).clamp(min=1), heads, block_tokens)
+    def refill(self, step, sequences):
+        super().refill(step, [replace(s, start=max(0, s.start - 1)) for s in sequences])
 
 
 def test_a_backend_with_a_fault_does_not_agree():

@@ -1,8 +1,6 @@
 """Captured decode steps, through a capture that runs on the CPU: buckets, padding, what changes
 between replays, and that their logits are those of the eager step."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from gpuworkers.models.config import read_config
 from gpuworkers.models.llama import load_llama
 from gpuworkers.stepper import (
     BlockTables,
-    DecodeBuffers,
     DecodeGraphs,
     Forward,
     GraphStepper,
@@ -20,32 +17,12 @@ from gpuworkers.stepper import (
     StepRow,
 )
 from gpuworkers.weights import WeightFiles
-from kernels.ops import Heads
-from kernels.reference import ReferenceOps
 from tests.gpuworkers.tinyllama import write_tiny
+from tests.kernels.bufferedtorch import BufferedTorch
 
 BLOCK_TOKENS = 16
 NUM_BLOCKS = 12
 BUCKETS = (1, 2, 4)
-
-
-@dataclass
-class BufferedStep:
-    """A reference step that reads its buffers when it runs, as captured kernels do."""
-
-    tables: torch.Tensor
-    lengths: torch.Tensor
-    heads: Heads
-    block_tokens: int
-
-    def tokens(self) -> list[tuple[int, np.ndarray]]:
-        tables, lengths = self.tables.numpy(), self.lengths.tolist()
-        return [(length - 1, table) for length, table in zip(lengths, tables, strict=True)]
-
-
-class BufferedOps(ReferenceOps):
-    def plan_decodes(self, tables, lengths, heads, block_tokens) -> BufferedStep:
-        return BufferedStep(tables, lengths, heads, block_tokens)
 
 
 class Recorder:
@@ -69,15 +46,14 @@ class Rig:
     """The same model twice: eager, and with captured decodes over KV of its own."""
 
     def __init__(self, folder) -> None:
-        ops = BufferedOps()
+        ops = BufferedTorch(tile=None)
         model = load_llama(read_config(folder), WeightFiles(folder), torch.float32, ops)
         self.caches = [
-            TorchKVCache(2, NUM_BLOCKS, BLOCK_TOKENS, model.heads, torch.float32, num_spare=1)
-            for _ in range(2)
+            TorchKVCache(2, NUM_BLOCKS, BLOCK_TOKENS, model.heads, torch.float32) for _ in range(2)
         ]
         self.eager, other = (Stepper(model, ops, kv.layers, BLOCK_TOKENS) for kv in self.caches)
         self.recorder = Recorder()
-        self.graphs = GraphStepper(other, ops, NUM_BLOCKS, self.recorder, 64, BUCKETS)
+        self.graphs = GraphStepper(other, ops, self.recorder, 64, BUCKETS)
 
     def both(self, rows: list[StepRow]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.eager.logits(rows), self.graphs.logits(rows)
@@ -117,16 +93,16 @@ def test_a_replayed_step_has_the_logits_and_writes_the_kv_of_an_eager_one(rig, c
         assert torch.equal(replayed, eager)
     assert rig.graphs.num_replays == 2
     for mine, other in zip(*(kv.layers for kv in rig.caches), strict=True):
-        assert torch.equal(mine[:NUM_BLOCKS], other[:NUM_BLOCKS])
+        assert torch.equal(mine, other)
 
 
-def test_padding_touches_the_scratch_block_alone(rig):
+def test_padding_writes_no_kv(rig):
     rig.both(prompts(3, 9))
-    scratch = [kv.layers[0][NUM_BLOCKS].clone() for kv in rig.caches]
+    for layer in rig.caches[1].layers:
+        layer[NUM_BLOCKS - 1] = 7.0  # of no sequence
     rig.both(decodes(3, 9))
-    eager, graphs = (kv.layers[0] for kv in rig.caches)
-    assert torch.equal(eager[NUM_BLOCKS], scratch[0]) and not scratch[0].any()
-    assert graphs[NUM_BLOCKS].any() and torch.equal(graphs[:NUM_BLOCKS], eager[:NUM_BLOCKS])
+    for mine, other in zip(*(kv.layers for kv in rig.caches), strict=True):
+        assert torch.equal(mine[:-1], other[:-1]) and (other[-1] == 7.0).all()
 
 
 def test_rows_of_other_sequences_leave_no_trace_in_the_next_step(rig):
@@ -162,30 +138,6 @@ def test_the_smallest_bucket_that_holds_the_rows_is_taken():
     found = [graphs.bucket_for(rows) for rows in (1, 2, 4, 5, 8, 9)]
     assert found == [1, 4, 4, 8, 8, None]
     assert graphs.replay(4) == 4
-
-
-def test_numbers_of_a_step_and_its_padding():
-    buffers = DecodeBuffers(torch.device("cpu"), blocks_max=3, scratch_block=99, bucket_max=4)
-    ids, lengths, tables = buffers.views(4)
-    rows = [StepRow([11], 20, np.array([5, 6]), True), StepRow([12], 0, np.array([7]), True)]
-    buffers.fill(rows, 4)
-    assert ids.tolist() == [11, 12, 0, 0] and lengths.tolist() == [21, 1, 1, 1]
-    assert tables[:, 0].tolist() == [5, 7, 99, 99] and tables[0, :2].tolist() == [5, 6]
-    addresses = [view.data_ptr() for view in (ids, lengths, tables)]
-    buffers.fill(rows[1:], 4)
-    again = buffers.views(4)
-    assert [view.data_ptr() for view in again] == addresses
-    assert again[0].tolist() == [12, 0, 0, 0] and again[2][:, 0].tolist() == [7, 99, 99, 99]
-
-
-def test_a_bucket_of_another_size_gets_every_table_again():
-    buffers = DecodeBuffers(torch.device("cpu"), blocks_max=2, scratch_block=9, bucket_max=4)
-    row = StepRow([11], 20, np.array([5, 6]), True)
-    for bucket in (2, 4, 2):
-        buffers.fill([row], bucket)
-        _, _, tables = buffers.views(bucket)
-        assert tables[0].tolist() == [5, 6]
-        assert tables[1:, 0].tolist() == [9] * (bucket - 1)
 
 
 def test_tables_are_made_again_only_where_the_list_grew_or_is_another():

@@ -1,6 +1,8 @@
 """The checks that run on a GPU machine, here on torch: they pass what is right and name what is
 not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,8 +71,8 @@ class ValueNotWritten(BufferedTorch):
 
 
 class LastTokenForgotten(BufferedTorch):
-    def plan_decodes(self, tables, lengths, heads, block_tokens):
-        return super().plan_decodes(tables, (lengths - 1).clamp(min=1), heads, block_tokens)
+    def refill(self, step, sequences):
+        super().refill(step, [replace(s, start=max(0, s.start - 1)) for s in sequences])
 
 
 class NotCausal(BufferedTorch):
