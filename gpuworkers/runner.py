@@ -20,7 +20,7 @@ from gpuworkers.models.llama import load_llama
 from gpuworkers.sampler import edit, logprobs_of, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import Sequence
-from gpuworkers.stepper import BlockTables, GraphStepper, Stepper, StepRow
+from gpuworkers.stepper import BlockTables, GraphStepper, LayerWritten, Stepper, StepRow
 from gpuworkers.weights import WeightFiles
 from kernels.torchops import backend, linear
 
@@ -52,10 +52,10 @@ class TorchRunner:
         self.eos_token_ids = self.model.config.eos_token_ids
         self._tables = BlockTables()
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, plan: Plan, layer_written: LayerWritten | None = None) -> RunResult:
         """Compute the plan's rows and draw the ids of those that sample. Raises DeviceFailed."""
         with torch.inference_mode(), self.kv.work():
-            logits = self.logits(plan.rows)
+            logits = self.logits(plan.rows, layer_written)
             sampling = [row.sequence for row in plan.rows if row.samples]
             if not sampling:
                 self.kv.synchronize()
@@ -64,7 +64,9 @@ class TorchRunner:
             token_ids = self.ops.sample(edited, sampling_table(sampling))
             return RunResult(token_ids, logprobs_of(self.ops, logits, sampling, token_ids))
 
-    def logits(self, rows: tuple[PlanRow, ...]) -> torch.Tensor:
+    def logits(
+        self, rows: tuple[PlanRow, ...], layer_written: LayerWritten | None = None
+    ) -> torch.Tensor:
         """Logits of the rows that sample, in their order; writes KV of all rows."""
         tables = self._tables.take([row.sequence.block_ids for row in rows])
         return self.stepper.logits(
@@ -76,7 +78,8 @@ class TorchRunner:
                     row.samples,
                 )
                 for row, table in zip(rows, tables, strict=True)
-            ]
+            ],
+            layer_written,
         )
 
 

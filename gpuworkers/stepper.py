@@ -17,6 +17,7 @@ from kernels.ops import Heads, Ops, SamplingTable, SequenceTokens
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 Forward = Callable[[], torch.Tensor]
+LayerWritten = Callable[[int], None]
 Capture = Callable[[Forward], Forward]
 
 
@@ -42,8 +43,11 @@ class Stepper:
         self.layers = layers
         self.block_tokens = block_tokens
 
-    def logits(self, rows: Sequence[StepRow]) -> torch.Tensor:
-        """Logits of the rows that sample, in their order; writes KV of all rows."""
+    def logits(
+        self, rows: Sequence[StepRow], layer_written: LayerWritten | None = None
+    ) -> torch.Tensor:
+        """Logits of the rows that sample, in their order; writes KV of all rows. layer_written
+        hears the number of a layer when its KV is there."""
         token_ids, positions, sequences, last_rows = [], [], [], []
         num_rows = 0
         for row in rows:
@@ -58,7 +62,7 @@ class Stepper:
         indices = np.concatenate([*token_ids, *positions, np.array(last_rows, dtype=np.int64)])
         on_device = torch.from_numpy(indices).to(self.layers[0].device)
         ids, at, last = on_device.split([num_rows, num_rows, len(last_rows)])
-        return self.model.forward(self.ops, ids, at, self.layers, step, last)
+        return self.model.forward(self.ops, ids, at, self.layers, step, last, layer_written)
 
 
 class DecodeOps(Ops, Protocol):
@@ -138,12 +142,17 @@ class GraphStepper:
 
         self._graphs = DecodeGraphs(make, buckets)
 
-    def logits(self, rows: Sequence[StepRow]) -> torch.Tensor:
-        """See Stepper.logits. No kernel of the step before may still run."""
-        is_decode = all(row.samples and len(row.token_ids) == 1 for row in rows)
+    def logits(
+        self, rows: Sequence[StepRow], layer_written: LayerWritten | None = None
+    ) -> torch.Tensor:
+        """See Stepper.logits. No kernel of the step before may still run; a replay has no layers
+        to hear of."""
+        is_decode = layer_written is None and all(
+            row.samples and len(row.token_ids) == 1 for row in rows
+        )
         bucket = self._graphs.bucket_for(len(rows)) if is_decode else None
         if bucket is None:
-            return self.eager.logits(rows)
+            return self.eager.logits(rows, layer_written)
         host = self._host.numpy()
         host[0, : len(rows)] = [row.token_ids[0] for row in rows]
         host[1, : len(rows)] = [row.start for row in rows]

@@ -7,6 +7,7 @@ tests/gpuworkers/test_transformers_equal.py and test_families.py.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,10 +84,12 @@ class Llama:
         kv_layers: list[torch.Tensor],
         step: Any,
         sampling_rows: torch.Tensor,
+        layer_written: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Logits (len(sampling_rows), vocab) in the model's dtype; writes KV of every row.
 
-        token_ids, positions (rows,) int64 or int32; `step` from the ops, over the same rows."""
+        token_ids, positions (rows,) int64 or int32; `step` from the ops, over the same rows;
+        layer_written hears the number of a layer when its KV is there."""
         eps = self.config.rms_norm_eps
         residual = self._embedding.index_select(0, token_ids).to(self.dtype)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
@@ -98,6 +101,8 @@ class Llama:
             if layer.q_norm is not None and layer.k_norm is not None:
                 ops.norm_heads(qkv, layer.q_norm, layer.k_norm, self.heads, eps)
             q = ops.rope_write(qkv, cos, sin, kv_layer, step)
+            if layer_written is not None:
+                layer_written(index)
             x = ops.linear(ops.attention(q, kv_layer, step), layer.out)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)

@@ -78,3 +78,12 @@ def test_a_file_that_is_no_saved_model_is_refused_with_the_reason(tmp_path, cont
         path.write_bytes(content)
     with pytest.raises(CommandError, match=reason):
         run("latency", "--saved", str(path))
+
+
+@pytest.mark.parametrize("arguments", [("engine",), ("coserve", "--engine", "cpu")])
+def test_a_folder_that_is_no_model_is_an_error_object(tmp_path, arguments):
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as stopped:
+        call_command("bench", *arguments, "--json", "--model", str(tmp_path), stdout=out)
+    assert stopped.value.code == 1 and out.getvalue().count("\n") == 1
+    assert "config.json" in json.loads(out.getvalue())["error"]

@@ -9,8 +9,11 @@ import pytest
 from console.management.commands.serve import FLEET_MAX, address, worker_specs
 from console.metrics import Metrics
 from console.serving import Serving
+from console.snapshot import EMPTY
 from console.state import ServerState
+from controlplane import domain
 from controlplane.errors import ConfigError
+from controlplane.protocol import Policy
 
 OPTIONS = {
     "workers": "prefill=1,decode=2",
@@ -31,6 +34,8 @@ class Ticking:
     def __init__(self, num_failures):
         self.metrics = Metrics()
         self.fleet = self
+        self.snapshot = SimpleNamespace(current=EMPTY)
+        self.handled = []
         self.num_ticks = 0
         self.num_noted = 0
         self.num_failures = num_failures
@@ -40,6 +45,9 @@ class Ticking:
         self.num_ticks += 1
         if self.num_ticks <= self.num_failures:
             raise RuntimeError("a bug in the tick")
+
+    def handle(self, event):
+        self.handled.append(event)
 
     def note_tick(self):
         self.num_noted += 1
@@ -59,6 +67,7 @@ async def test_control_loop_starts_again_after_an_error_and_counts_it(caplog):
     loop.cancel()
     await asyncio.gather(loop, return_exceptions=True)
     assert state.num_ticks == 5
+    assert state.handled == [domain.PolicyChanged(Policy())]  # once, not with every tick
     assert value(state.metrics, "slackwater_control_loop_restarts_total") == 2
     assert value(state.metrics, "slackwater_event_loop_lag_seconds_count") == 5
     assert "RuntimeError: a bug in the tick" in caplog.text

@@ -12,6 +12,7 @@ from gpuworkers.devicefailure import DeviceFailed, device_failures
 from gpuworkers.driver import COMMANDS_MAX, Driver, TaskDriver
 from gpuworkers.engine import Engine, RunResult
 from gpuworkers.scheduler import Plan
+from gpuworkers.server import Worker
 from tests.gpuworkers.flipproxy import FlipProxy
 from tests.gpuworkers.stubconsole import StubConsole, assign, make_engine, make_worker
 
@@ -22,7 +23,7 @@ CAPABILITY = "capability-of-r"
 @contextlib.asynccontextmanager
 async def running(
     console: StubConsole, *engines: Engine, driver: type[Driver] = TaskDriver
-) -> AsyncIterator[None]:
+) -> AsyncIterator[list[Worker]]:
     """Workers w1, w2, … on these engines; stopped, and their blocks checked, at the end."""
     workers = [make_worker(console.url, engine, driver=driver) for engine in engines]
     tasks = []
@@ -30,7 +31,7 @@ async def running(
         tasks.append(asyncio.create_task(worker.run()))
         await console.joined(number)
     try:
-        yield
+        yield workers
     finally:
         for worker in workers:
             await worker.stop("test over")
@@ -180,12 +181,14 @@ async def test_draining_worker_finishes_what_it_has_takes_nothing_new_and_says_s
         assert kinds(console).count(protocol.Drained()) == 1
 
 
-async def test_policy_of_the_welcome_reaches_the_engine() -> None:
+async def test_policy_of_the_welcome_and_each_later_one_reach_the_engine() -> None:
     engine = make_engine()
     async with StubConsole() as console:
         console.policy = protocol.Policy(kappa=0.25)
         async with running(console, engine):
             await console.until(lambda: engine.config.policy.kappa == 0.25)
+            await console.send("w1", protocol.SetPolicy(protocol.Policy(kappa=0.75)))
+            await console.until(lambda: engine.config.policy.kappa == 0.75)
 
 
 async def test_idle_seconds_reach_the_console_once() -> None:
@@ -226,7 +229,7 @@ class FailingRunner:
         self.kv = kv
         self.eos_token_ids: frozenset[int] = frozenset()
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, plan: Plan, layer_written: object = None) -> RunResult:
         with device_failures("cuda:3"):
             raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with …")
 
@@ -295,6 +298,26 @@ async def test_output_with_handoff_equals_output_without() -> None:
         first = [r for r in console.reports("r") if r.token_ids][0]
         assert (first.seq, first.token_ids) == (0, alone[:1])
         assert all(engine.is_idle() for engine in engines)
+
+
+async def test_console_hears_of_moved_kv_between_the_step_in_hand_and_the_first_with_it() -> None:
+    """It lets the first id go then, so that one step of ours lies between it and the next id."""
+    engines = make_engine("prefill"), make_engine("decode")
+    async with StubConsole() as console, running(console, *engines):
+        await console.send("w2", assign("long", PROMPT, 5000))
+        await console.until(lambda: len(console.output("long")) > 1)
+        engines[1].runner._step = protocol.StepModel(0.3, 0.0, 0.0)
+        await asyncio.sleep(0.02)  # from now on a step is in hand for most of the time
+        await send_pair(console, PROMPT, 24)
+        await console.until(lambda: bool(reported(console, "w2", "r")))
+        engines[1].runner._step = protocol.StepModel(0.002, 0.0, 0.0)
+        heard = [message for name, message in console.heard if name == "w2"]
+        (at,) = [i for i, m in enumerate(heard) if isinstance(m, protocol.HandoffDone)]
+        steps = [m for m in heard[at:] if isinstance(m, protocol.StepReport)]
+        assert "r" in {report.request_id for report in steps[0].sequences}
+        assert reported(console, "w2", "r")[0].seq == 1
+        await console.finished("r")
+        await console.send("w2", protocol.Cancel("long", 1))
 
 
 async def test_handoff_after_failover_carries_the_delivered_ids() -> None:
@@ -417,6 +440,14 @@ async def test_newer_epoch_during_a_handoff_ends_the_transfer_first() -> None:
 
 
 # --- what a console heard
+
+
+def reported(
+    console: StubConsole, worker_id: str, request_id: str
+) -> list[protocol.SequenceReport]:
+    """What one worker told of a request's ids."""
+    steps = [m for w, m in console.heard if w == worker_id and isinstance(m, protocol.StepReport)]
+    return [r for m in steps for r in m.sequences if r.request_id == request_id and r.token_ids]
 
 
 def kinds(console: StubConsole) -> list[protocol.FromWorker]:
