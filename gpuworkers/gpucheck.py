@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gpuworkers import enginebench, gpumodel, greedycheck
+from gpuworkers import enginebench, gpumodel, greedycheck, peerbench
 from gpuworkers.enginebench import EngineBench, StepTime
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.llama import load_llama
@@ -43,10 +43,11 @@ PHASES = {  # name: seconds allowed
     "kernels fast": 180.0,
     "engine llama-3.1-8b": 180.0,
     "engine qwen3-8b": 180.0,
+    "peer llama-3.1-8b": 240.0,
     "sanitizer memcheck": 300.0,
     "sanitizer racecheck": 300.0,
 }
-PHASES_DEFAULT = tuple(name for name in PHASES if not name.startswith("sanitizer"))
+PHASES_DEFAULT = tuple(name for name in PHASES if not name.startswith(("sanitizer", "peer")))
 
 Answer = dict[str, Any]
 
@@ -130,12 +131,7 @@ def time_engine(model_name: str) -> Answer:
         print(f"measured {step.kind} {step.batch} x {step.tokens}", file=sys.stderr, flush=True)
     times += engine_loops(stepper, kv, times)
     left_out = [f"{b} x {c}" for b, c in enginebench.DECODES if (b, c) not in decodes]
-    table = [f"{'step':14}{'batch':>6}{'tokens':>8}{'wall ms':>10}{'device ms':>11}{'host':>7}"]
-    table += [
-        f"{t.kind:14}{t.batch:6}{t.tokens:8}{t.wall_s * 1e3:10.2f}{t.device_s * 1e3:11.2f}"
-        f"{t.host_share:7.1%}"
-        for t in times
-    ]
+    table = step_table(times)
     return {
         "model": model_name,
         "kv_room_tokens": room,
@@ -145,6 +141,26 @@ def time_engine(model_name: str) -> Answer:
         "left_out": left_out,
         "is_right": True,
         "table": table + ([f"no KV room for {', '.join(left_out)}"] if left_out else []),
+    }
+
+
+def step_table(times: list[StepTime]) -> list[str]:
+    head = f"{'step':14}{'batch':>6}{'tokens':>8}{'wall ms':>10}{'device ms':>11}{'host':>7}"
+    return [head] + [
+        f"{t.kind:14}{t.batch:6}{t.tokens:8}{t.wall_s * 1e3:10.2f}{t.device_s * 1e3:11.2f}"
+        f"{t.host_share:7.1%}"
+        for t in times
+    ]
+
+
+def time_peer(model_name: str) -> Answer:
+    """transformers' continuous batching on the same shape."""
+    model = peerbench.make_model(CONFIGS[model_name], DEVICE)
+    times = [peerbench.time_decode(model, *shape, time.perf_counter) for shape in peerbench.SHAPES]
+    return {
+        "steps": [dataclasses.asdict(t) for t in times],
+        "is_right": True,
+        "table": step_table(times),
     }
 
 
@@ -185,6 +201,8 @@ def run_phase(name: str, is_small: bool) -> Answer:
     match kind:
         case "engine":
             return time_engine(rest)
+        case "peer":
+            return time_peer(rest)
         case "sanitizer":
             return sanitize(rest)
         case "greedy":

@@ -52,8 +52,9 @@ def test_the_table_tells_which_phase_failed_and_its_last_words():
     ]
 
 
-def test_sanitizers_are_asked_for_by_name():
+def test_sanitizers_and_the_peer_are_asked_for_by_name():
     assert [name for name in PHASES if name not in PHASES_DEFAULT] == [
+        "peer llama-3.1-8b",
         "sanitizer memcheck",
         "sanitizer racecheck",
     ]
