@@ -126,17 +126,19 @@ class GraphStepper:
         is_cuda = device.type == "cuda"
         self._host = torch.zeros(2, max(buckets), dtype=torch.int64, pin_memory=is_cuda)
         self._device = torch.zeros_like(self._host, device=device)
+        # Kept, as all that replays read: a graph holds addresses, not tensors.
+        self._rows = torch.arange(max(buckets), device=device)
         self._steps: dict[int, Any] = {}
 
         def make(bucket: int) -> Forward:
             heads, block_tokens = self.model.heads, eager.block_tokens
             step = ops.decode_bucket(bucket, blocks_max, heads, block_tokens)
             self._steps[bucket] = step
-            every_row = torch.arange(bucket, device=device)
             ids, positions = self._device[:, :bucket]
 
             def forward() -> torch.Tensor:
-                return self.model.forward(ops, ids, positions, eager.layers, step, every_row)
+                rows = self._rows[:bucket]
+                return self.model.forward(ops, ids, positions, eager.layers, step, rows)
 
             return capture(forward)
 
