@@ -14,7 +14,7 @@ from controlplane.errors import ConfigError
 
 DEVICE = re.compile(r"cuda:(\d{1,2})")
 CAPABILITY_MIN = (8, 0)  # bf16 on tensor cores, cp.async
-INSTALL = "install the gpu extra: pip install 'slackwater[gpu]'"
+INSTALL = "install what pyproject.toml lists under gpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def open_gpu(device: str, cuda: Any, nvml: Any) -> Gpu:
     assert match is not None, device
     index = int(match[1])
     if not cuda.is_available():
-        raise ConfigError(f"--device={device}: torch finds no NVIDIA GPU on this machine")
+        raise ConfigError(f"--device={device}: torch finds no NVIDIA GPU here, or is a CPU build")
     if index >= cuda.device_count():
         raise ConfigError(f"--device={device}: this machine has {cuda.device_count()} GPU(s)")
     properties = cuda.get_device_properties(index)

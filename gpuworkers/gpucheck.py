@@ -238,8 +238,10 @@ def run_child(name: str, limit_s: float) -> Answer:
 
 
 def failed(reason: str, said: str) -> Answer:
-    last = said.strip().splitlines()[-1:] or ["and said nothing"]
-    return {"is_right": False, "error": reason, "said": said[-6000:], "table": [reason, *last]}
+    """With the last line that names an error: a broken CUDA context says much after it."""
+    lines = said.strip().splitlines() or ["and said nothing"]
+    last = next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+    return {"is_right": False, "error": reason, "said": said[-6000:], "table": [reason, last]}
 
 
 def run_phases(

@@ -80,10 +80,10 @@ def test_a_driver_that_does_not_answer_gives_no_load():
 @pytest.mark.parametrize(
     ("cuda", "nvml", "reason"),
     [
-        (Cuda(0), Nvml(), "torch finds no NVIDIA GPU on this machine"),
+        (Cuda(0), Nvml(), "torch finds no NVIDIA GPU here, or is a CPU build"),
         (Cuda(3), Nvml(), "this machine has 3 GPU"),
         (Cuda(8, (7, 5)), Nvml(), "compute capability 7.5, the kernels need 8.0 or later"),
-        (Cuda(8), None, "nvidia-ml-py is missing; install the gpu extra"),
+        (Cuda(8), None, "nvidia-ml-py is missing; install what pyproject.toml lists"),
         (Cuda(8), Nvml(broken=True), "NVML says: Driver Not Loaded"),
         (Cuda(8), Nvml(uuid="other"), "NVML says: Not Found"),
     ],

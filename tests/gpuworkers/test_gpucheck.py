@@ -41,14 +41,25 @@ def test_a_phase_gets_its_limit_or_what_is_left_of_the_budget():
 def test_the_table_tells_which_phase_failed_and_its_last_words():
     answers = {
         "greedy": {"is_right": True, "seconds": 3.2, "table": ["32 of 32 outputs equal"]},
-        "kernels fast": failed("ended with 1", "lines\nCUDA error: misaligned address\n"),
+        "kernels fast": failed(
+            "ended with -6",
+            "Traceback\ntorch.AcceleratorError: CUDA error: misaligned address\nframe #28: _start",
+        ),
+        "kernels right": failed("ended with 1", "a line\nthe last line\n"),
+        "engine qwen3-8b": failed("no answer within 9 s", ""),
     }
     assert summary(answers) == [
         "--- greedy: ok, 3 s",
         "32 of 32 outputs equal",
         "--- kernels fast: FAILED, 0 s",
+        "ended with -6",
+        "torch.AcceleratorError: CUDA error: misaligned address",
+        "--- kernels right: FAILED, 0 s",
         "ended with 1",
-        "CUDA error: misaligned address",
+        "the last line",
+        "--- engine qwen3-8b: FAILED, 0 s",
+        "no answer within 9 s",
+        "and said nothing",
     ]
 
 
