@@ -271,6 +271,8 @@ class Fleet:
                     self._send(worker_id, protocol.Resend(request_id, epoch, seq))
             case domain.SendRole(worker_id, role):
                 self._send(worker_id, protocol.SetRole(role))
+            case domain.SendPolicy(worker_id, policy):
+                self._send(worker_id, protocol.SetPolicy(policy))
             case domain.SendDrain(worker_id):
                 self._send(worker_id, protocol.Drain())
             case domain.PlanChanged():

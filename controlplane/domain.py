@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from controlplane import protocol
-from controlplane.protocol import Role, Stage
+from controlplane.protocol import Policy, Role, Stage
 
 WorkerStatus = Literal["live", "suspect", "draining", "drained", "lost"]
 Split = Literal["local", "handoff"]
@@ -186,6 +186,11 @@ class RoleOrdered:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
 class DrainOrdered:
     worker_id: str
     by: str
@@ -211,6 +216,7 @@ Event = (
     | Stalled
     | RoleOrdered
     | DrainOrdered
+    | PolicyChanged
     | ServerDraining
     | Tick
 )
@@ -271,6 +277,12 @@ class SendRole:
 
 
 @dataclass(frozen=True, slots=True)
+class SendPolicy:
+    worker_id: str
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
 class SendDrain:
     worker_id: str
 
@@ -324,6 +336,7 @@ Command = (
     | Reattach
     | SendRole
     | SendDrain
+    | SendPolicy
     | Decided
     | PlanChanged
     | HandoffCounted

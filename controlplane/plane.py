@@ -7,6 +7,8 @@ chance give the same commands. Requests in == completed + failed + cancelled + r
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from controlplane import domain, protocol, views
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import Command
@@ -53,6 +55,8 @@ class ControlPlane:
                 self._on_role(event, now_s)
             case domain.DrainOrdered():
                 self._on_drain(event)
+            case domain.PolicyChanged():
+                self._on_policy(event)
             case domain.ServerDraining():
                 self._requests.is_draining = True
             case domain.Tick():
@@ -150,6 +154,15 @@ class ControlPlane:
         worker.is_drain_ordered = True
         worker.status = "draining"
         self._commands.append(domain.SendDrain(worker.worker_id))
+
+    def _on_policy(self, event: domain.PolicyChanged) -> None:
+        """For those who join from now on, and for everyone who is here."""
+        rows_max = self._registry.policy.batch_rows_max  # a setting of ours, not of a class
+        policy = msgspec.structs.replace(event.policy, batch_rows_max=rows_max)
+        self._registry.policy = policy
+        for worker in self._registry.workers.values():
+            if worker.status != "lost":
+                self._commands.append(domain.SendPolicy(worker.worker_id, policy))
 
     def _lose(self, worker: Worker, why: str, now_s: float) -> None:
         """From here on nothing that this incarnation says counts."""

@@ -6,6 +6,7 @@ request has at most one epoch here: a newer one replaces the older. Ids that end
 stop ids) are reported like any other id; the gateway leaves them out of the text.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -96,6 +97,7 @@ class Engine:
         self._ended = EndedSequences(config.finished_kept_max)
         self._reports: list[protocol.SequenceReport] = []  # to go with the next step
         self._meter = LoadMeter()
+        self._online_arrival_s = -math.inf
         self.layer_listener: LayerListener | None = None  # set once by the worker
 
     # --- assignments
@@ -122,6 +124,8 @@ class Engine:
         if reason is not None:
             return self._rejected(key, reason)
         self._sequences[key] = sequence
+        if not sequence.is_batch:
+            self._online_arrival_s = now_s
         self._epochs[sequence.request_id] = sequence.epoch
         finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
         if finish_reason is not None:  # the ids already delivered end it; only the news was lost
@@ -262,7 +266,7 @@ class Engine:
         """Schedule, run, record. `clock` measures the run; now_s is the same clock's time."""
         self._kv.grow(self._sequences.values())
         self._start_batch()
-        plan = scheduler.plan(now_s, self._state(), self.step_model, self.config.policy)
+        plan = scheduler.plan(now_s, self._state(now_s), self.step_model, self.config.policy)
         ready: list[Key] = []
         measured_s = 0.0
         if plan.rows:
@@ -297,14 +301,13 @@ class Engine:
         while (sequence := self._next_batch()) is not None:
             self._kv.start(sequence)
 
-    def _state(self) -> scheduler.SchedulerState:
-        running = [s for s in self._sequences.values() if s.phase == "running"]
-        return scheduler.SchedulerState(
-            decoding=tuple(s for s in running if s.is_decoding and not s.is_batch),
-            prefilling=tuple(s for s in running if not s.is_decoding and not s.is_batch),
-            batch_decoding=tuple(s for s in running if s.is_decoding and s.is_batch),
-            batch_prefilling=tuple(s for s in running if not s.is_decoding and s.is_batch),
-        )
+    def _state(self, now_s: float) -> scheduler.SchedulerState:
+        kinds: tuple[list[Sequence], ...] = ([], [], [], [])
+        for sequence in self._sequences.values():  # hundreds, while the device waits
+            if sequence.phase == "running":
+                kinds[2 * sequence.is_batch + (not sequence.is_decoding)].append(sequence)
+        quiet_s = now_s - self._online_arrival_s
+        return scheduler.SchedulerState(*(tuple(kind) for kind in kinds), quiet_s=quiet_s)
 
     def _record(self, plan: scheduler.Plan, result: RunResult, at_s: float) -> list[Key]:
         """Take the ids in, publish full blocks, end what has ended; returns ready prefills."""

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from controlplane import protocol
-from controlplane.errors import ProtocolError
+from controlplane.errors import ProtocolError, SlackwaterError
 from gpuworkers import handoff, handofffetch, handoffwire
 from gpuworkers.driver import Driver, Turn, call
 from gpuworkers.engine import Engine, Key
@@ -34,6 +34,7 @@ class WorkerFacts:
     engine: str
     device: protocol.DeviceFacts
     handoff_bind: str
+    device_load: Callable[[], protocol.DeviceLoad | None] = lambda: None
 
 
 MakeDriver = Callable[[Engine, Callable[[Turn], None]], Driver]
@@ -54,7 +55,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._driver = make_driver(engine, self._stepped)
         self._link = Link(facts.join_url, facts.token, self, uniform)
-        self._heart = Heart(self._link, self._driver)
+        self._heart = Heart(self._link, self._driver, facts.device_load)
         self._handoffs = handoff.HandoffServer(engine.runner.kv, self._sent, self._dropped)
         engine.layer_listener = self._layers_final
         self._segments = Segments()
@@ -74,7 +75,9 @@ class Worker:
                 [link, heart, self._driver.failed], return_when=asyncio.FIRST_COMPLETED
             )
             if self._driver.failed.done():
-                await self._link.close("engine failed")
+                failure = self._driver.failed.exception()
+                is_ours = isinstance(failure, SlackwaterError)  # else a defect, told in our log
+                await self._link.close(str(failure) if is_ours else "engine failed")
                 self._driver.failed.result()
             await link
         finally:
@@ -120,7 +123,7 @@ class Worker:
             self._handoffs.revoke_all()
 
         def take_over() -> None:
-            engine.config = dataclasses.replace(engine.config, policy=welcome.policy)
+            self._take_policy(welcome.policy)
             for sequence in engine.live_sequences() if is_new else ():
                 engine.abandon(sequence.request_id, sequence.epoch)
 
@@ -143,10 +146,15 @@ class Worker:
                 self._driver.post(functools.partial(self._resend, message))
             case protocol.SetRole(role=role):
                 self._driver.post(functools.partial(engine.set_role, role))
+            case protocol.SetPolicy(policy=policy):
+                self._driver.post(functools.partial(self._take_policy, policy))
             case protocol.Drain():
                 self._driver.post(engine.drain)
             case _:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    def _take_policy(self, policy: protocol.Policy) -> None:
+        self._engine.config = dataclasses.replace(self._engine.config, policy=policy)
 
     # --- assignments and handoffs, event loop side
 
@@ -249,14 +257,14 @@ class Worker:
         self._to_loop(self._link.post, protocol.StepReport(reports, load))
 
     def _stepped(self, turn: Turn) -> None:
-        self._heart.load = turn.load
+        load = self._heart.observe(turn.load)
         if turn.sequences is None:
-            self._link.post(protocol.Heartbeat(turn.load, 0.0))
+            self._link.post(protocol.Heartbeat(load, 0.0))
         else:
             for report in turn.sequences:
                 if report.finish_reason is not None:
                     self._handoffs.revoke((report.request_id, report.epoch))
-            self._link.post(protocol.StepReport(turn.sequences, turn.load))
+            self._link.post(protocol.StepReport(turn.sequences, load))
         kv = self._engine.runner.kv
         for prompt in turn.ready:
             if self._handoffs.ready(prompt.key, prompt.block_ids, prompt.first_ids):

@@ -9,7 +9,8 @@ import json
 import sys
 import time
 
-from controlplane.sim import coserve, coverage, kappas
+from controlplane import kappas
+from controlplane.sim import coserve, coverage
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)

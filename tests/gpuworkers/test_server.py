@@ -5,10 +5,13 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
+import torch
 
 from controlplane import protocol
+from gpuworkers.devicefailure import DeviceFailed, device_failures
 from gpuworkers.driver import COMMANDS_MAX, Driver, TaskDriver
-from gpuworkers.engine import Engine
+from gpuworkers.engine import Engine, RunResult
+from gpuworkers.scheduler import Plan
 from gpuworkers.server import Worker
 from tests.gpuworkers.flipproxy import FlipProxy
 from tests.gpuworkers.stubconsole import StubConsole, assign, make_engine, make_worker
@@ -178,12 +181,14 @@ async def test_draining_worker_finishes_what_it_has_takes_nothing_new_and_says_s
         assert kinds(console).count(protocol.Drained()) == 1
 
 
-async def test_policy_of_the_welcome_reaches_the_engine() -> None:
+async def test_policy_of_the_welcome_and_each_later_one_reach_the_engine() -> None:
     engine = make_engine()
     async with StubConsole() as console:
         console.policy = protocol.Policy(kappa=0.25)
         async with running(console, engine):
             await console.until(lambda: engine.config.policy.kappa == 0.25)
+            await console.send("w1", protocol.SetPolicy(protocol.Policy(kappa=0.75)))
+            await console.until(lambda: engine.config.policy.kappa == 0.75)
 
 
 async def test_idle_seconds_reach_the_console_once() -> None:
@@ -215,6 +220,49 @@ async def test_engine_that_breaks_ends_the_worker_with_its_error() -> None:
         with pytest.raises(TypeError):
             await task
         assert protocol.Goodbye("engine failed") in kinds(console)
+
+
+class FailingRunner:
+    """A runner whose device fails in the middle of a step."""
+
+    def __init__(self, kv: object) -> None:
+        self.kv = kv
+        self.eos_token_ids: frozenset[int] = frozenset()
+
+    def run(self, plan: Plan, layer_written: object = None) -> RunResult:
+        with device_failures("cuda:3"):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with …")
+
+
+async def test_device_that_fails_ends_the_worker_and_both_sides_hear_the_reason() -> None:
+    engine = make_engine()
+    engine.runner = FailingRunner(engine.runner.kv)
+    async with StubConsole() as console:
+        worker = make_worker(console.url, engine)
+        task = asyncio.create_task(worker.run())
+        await console.joined(1)
+        await console.send("w1", assign("r", PROMPT))
+        with pytest.raises(DeviceFailed) as failed:
+            await task
+    reason = "cuda:3 failed: AcceleratorError: CUDA error: an illegal memory access"
+    assert str(failed.value) == reason and protocol.Goodbye(reason) in kinds(console)
+
+
+async def test_reports_and_heartbeats_carry_the_load_of_the_device() -> None:
+    loads = iter([None, protocol.DeviceLoad(0.5, 300.0)])
+    newest = protocol.DeviceLoad(0.9, 600.0)
+    engine = make_engine()
+    async with StubConsole() as console:
+        worker = make_worker(console.url, engine, device_load=lambda: next(loads, newest))
+        task = asyncio.create_task(worker.run())
+        await console.joined(1)
+        await console.until(lambda: any(m.load.device == newest for m in beats(console)))
+        await console.send("w1", assign("r", PROMPT))
+        await console.finished("r")
+        reports = [m for _, m in console.heard if isinstance(m, protocol.StepReport)]
+        assert reports and all(report.load.device == newest for report in reports)
+        await worker.stop("end of test")
+        await task
 
 
 async def test_commands_over_the_maximum_are_refused_not_kept() -> None:
