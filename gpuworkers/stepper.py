@@ -14,7 +14,10 @@ import torch
 from gpuworkers.models.llama import Llama
 from kernels.ops import Heads, Ops, SamplingTable, SequenceTokens
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+# The last: engine.SEQUENCES_MAX online and Policy.batch_rows_max batch sequences.
+BUCKETS = (
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320,
+)  # fmt: skip
 
 Forward = Callable[[], torch.Tensor]
 LayerWritten = Callable[[int], None]
