@@ -8,6 +8,7 @@ import torch
 from controlplane import protocol
 from controlplane.latency import LatencyModel
 from gpuworkers import gpumodel
+from gpuworkers.aheadrunner import AheadRunner
 from gpuworkers.gpu import library, open_gpu
 from gpuworkers.models.config import read_config
 from gpuworkers.runner import Shapes, TorchRunner, calibrate
@@ -37,7 +38,7 @@ def load(
     files = WeightFiles(folder, device)
     with torch.cuda.device(device):
         stepper, kv = gpumodel.place(config, files, ops, device, room, gpumodel.capture_into_pool())
-    runner = TorchRunner(stepper, kv)
+    runner = AheadRunner(stepper, kv)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // gpumodel.BLOCK_TOKENS
     max_model_len = min(config.max_model_len, kv.num_blocks * gpumodel.BLOCK_TOKENS)
     facts = protocol.ModelFacts(

@@ -10,10 +10,10 @@ import numpy as np
 
 from controlplane import protocol
 from controlplane.latency import LatencyModel
+from gpuworkers.aheadrunner import AheadRunner
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.enginebench import WARMUPS, StepTime
 from gpuworkers.kvcache import TorchKVCache
-from gpuworkers.runner import TorchRunner
 from gpuworkers.stepper import GraphStepper
 
 SHAPES = ((1, 1024), (32, 1024), (64, 1024), (128, 1024))  # (batch, tokens of context at the start)
@@ -38,7 +38,7 @@ def time_steps(
     config = stepper.model.config
     facts = protocol.ModelFacts(MODEL_ID, "", config.max_model_len, config.vocab_size, 1)
     policy = protocol.Policy(step_tokens_max=STEP_TOKENS, chunk_tokens_max=STEP_TOKENS)
-    runner = TorchRunner(stepper, kv)
+    runner = AheadRunner(stepper, kv)
     engine = Engine(runner, EngineConfig(policy=policy), LatencyModel(STEP_MODEL), facts, "mixed")
     for index in range(batch):
         prompt = [(index + i) % config.vocab_size for i in range(context - index % 16)]

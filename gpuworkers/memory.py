@@ -9,7 +9,7 @@ from gpuworkers.models.config import LlamaConfig
 RESERVE_BYTES = 1 << 30  # captured graphs, cuBLAS workspaces, code of kernels
 RESERVE_SHARE = 0.02  # of the free memory: fragments of torch's allocator
 STEP_ROWS = 8192  # token rows of the largest step that has to fit
-SAMPLED_ROWS = 256  # of them with logits: engine.SEQUENCES_MAX
+SAMPLED_ROWS = 320  # of them with logits: the largest of stepper.BUCKETS
 LOGITS_BYTES = 2 + 4 + 4  # an entry as bf16, as float32, and once more where logits are edited
 KV_TOKENS_MIN = 1024  # a worker with less is of no use
 

@@ -14,7 +14,10 @@ import torch
 from gpuworkers.models.llama import Llama
 from kernels.ops import Heads, Ops, SamplingTable, SequenceTokens
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+# The last: engine.SEQUENCES_MAX online and Policy.batch_rows_max batch sequences.
+BUCKETS = (
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320,
+)  # fmt: skip
 
 Forward = Callable[[], torch.Tensor]
 LayerWritten = Callable[[int], None]
@@ -129,6 +132,7 @@ class GraphStepper:
         # Kept, as all that replays read: a graph holds addresses, not tensors.
         self._rows = torch.arange(max(buckets), device=device)
         self._steps: dict[int, Any] = {}
+        self._copied = torch.cuda.Event() if is_cuda else None
 
         def make(bucket: int) -> Forward:
             heads, block_tokens = self.model.heads, eager.block_tokens
@@ -147,22 +151,48 @@ class GraphStepper:
     def logits(
         self, rows: Sequence[StepRow], layer_written: LayerWritten | None = None
     ) -> torch.Tensor:
-        """See Stepper.logits. No kernel of the step before may still run; a replay has no layers
-        to hear of."""
+        """See Stepper.logits; a replay has no layers to hear of."""
         is_decode = layer_written is None and all(
             row.samples and len(row.token_ids) == 1 for row in rows
         )
         bucket = self._graphs.bucket_for(len(rows)) if is_decode else None
         if bucket is None:
             return self.eager.logits(rows, layer_written)
+        self._wait_for_copies()
         host = self._host.numpy()
         host[0, : len(rows)] = [row.token_ids[0] for row in rows]
         host[1, : len(rows)] = [row.start for row in rows]
         self._device.copy_(self._host, non_blocking=True)
+        return self._replay(bucket, rows)
+
+    def bucket_for(self, num_rows: int) -> int | None:
+        """See DecodeGraphs.bucket_for."""
+        return self._graphs.bucket_for(num_rows)
+
+    def logits_behind(self, ids: torch.Tensor, rows: Sequence[StepRow]) -> torch.Tensor:
+        """Logits of a decode step whose token ids (rows,) are on the device, or will be; those of
+        `rows` are not looked at. Launched behind whatever is under way there."""
+        bucket = self._graphs.bucket_for(len(rows))
+        assert bucket is not None, len(rows)
+        self._wait_for_copies()
+        self._host.numpy()[1, : len(rows)] = [row.start for row in rows]
+        self._device[0, : len(rows)] = ids.clamp(min=0)  # -1: no id, and no more of that sequence
+        self._device[1].copy_(self._host[1], non_blocking=True)
+        return self._replay(bucket, rows)
+
+    def _replay(self, bucket: int, rows: Sequence[StepRow]) -> torch.Tensor:
         sequences = [SequenceTokens(row.start, 1, row.table) for row in rows]
         self.ops.refill(self._steps[bucket], sequences)
+        if self._copied is not None:
+            self._copied.record()
         self.num_replays += 1
         return self._graphs.replay(bucket)[: len(rows)]
+
+    def _wait_for_copies(self) -> None:
+        """The host's arrays may be written again: their copies, made before the replay that reads
+        them began, are over. Hardly ever waits."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 class BlockTables:

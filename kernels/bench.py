@@ -54,6 +54,7 @@ class Shape:
         (0, 1024), (0, 2048), (0, 4096), (0, 8192), (0, 16_384), (7680, 512),
     )  # fmt: skip
     sampled_rows: int = 256
+    linear_rows: tuple[int, ...] = (1, 64, 128, 256, 512, 1024, 2048, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,40 @@ def cases(ops: Any, device: torch.device, shape: Shape) -> Iterator[Case]:
     for start, count in shape.prefills:
         yield _prefill(ops, device, shape, start, count)
     yield from _sampling(ops, device, shape)
+    for rows in shape.linear_rows:
+        yield from _linears(ops, device, shape, rows)
+
+
+def _linears(ops: Any, device: torch.device, shape: Shape, rows: int) -> Iterator[Case]:
+    """The matrix products of a layer, which are torch's: what a step takes beside our kernels. The
+    fused gate and up stands beside its two halves."""
+    heads, hidden, width = shape.heads, shape.hidden, shape.width
+    q_size = heads.num_q_heads * heads.head_dim
+    kv_size = heads.num_kv_heads * heads.head_dim
+    sizes = {
+        "qkv": (q_size + 2 * kv_size, hidden),
+        "out": (hidden, q_size),
+        "gate up": (2 * width, hidden),
+        "down": (hidden, width),
+    }
+    if rows <= shape.sampled_rows:
+        sizes["head"] = (shape.vocab, hidden)
+    for name, (num_out, num_in) in sizes.items():
+        weight, x = _random((num_out, num_in), device), _random((rows, num_in), device)
+        packed = ops.pack(weight)
+        rivals: dict[str, Run] = {}
+        if name == "gate up":
+            halves = [ops.pack(half) for half in weight.chunk(2)]
+            rivals = {"two halves": lambda x=x, h=halves: [ops.linear(x, half) for half in h]}
+        yield Case(
+            f"linear {name}",
+            f"{rows} rows",
+            2 * (num_out * num_in + rows * (num_in + num_out)),
+            2 * rows * num_out * num_in,
+            "gemm" if rows > shape.sampled_rows else "copy",
+            lambda x=x, packed=packed: ops.linear(x, packed),
+            rivals,
+        )
 
 
 def _row_wise(ops: Any, device: torch.device, shape: Shape, rows: int) -> Iterator[Case]:

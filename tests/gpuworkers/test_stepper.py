@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from controlplane import protocol
+from gpuworkers import memory, stepper
+from gpuworkers.engine import SEQUENCES_MAX
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.config import read_config
 from gpuworkers.models.llama import load_llama
@@ -138,6 +141,11 @@ def test_the_smallest_bucket_that_holds_the_rows_is_taken():
     found = [graphs.bucket_for(rows) for rows in (1, 2, 4, 5, 8, 9)]
     assert found == [1, 4, 4, 8, 8, None]
     assert graphs.replay(4) == 4
+
+
+def test_every_decode_step_of_an_engine_has_a_bucket():
+    largest = SEQUENCES_MAX + protocol.Policy().batch_rows_max
+    assert stepper.BUCKETS[-1] == memory.SAMPLED_ROWS == largest
 
 
 def test_tables_are_made_again_only_where_the_list_grew_or_is_another():

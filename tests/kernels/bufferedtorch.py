@@ -52,4 +52,5 @@ class BufferedTorch(TorchOps):
         return table
 
     def sample_ids(self, logits: torch.Tensor, params: SamplingTable) -> torch.Tensor:
-        return torch.tensor(self.sample(logits, params))
+        ids = TorchOps.sample(self, logits.float(), params)
+        return torch.tensor([-1 if token_id is None else token_id for token_id in ids])

@@ -23,6 +23,7 @@ SHAPE = Shape(
     decodes=((2, 33),),
     prefills=((0, 20), (16, 5)),
     sampled_rows=6,
+    linear_rows=(2, 9),
 )
 
 
@@ -50,6 +51,7 @@ def test_every_operation_is_run_at_long_and_short_sizes(made):
     assert others == {
         "decode attention", "prefill attention", "sample greedy", "sample plain",
         "sample top-k 50", "sample top-k 50, top-p 0.9", "sample top-p 0.9",
+        "linear qkv", "linear out", "linear gate up", "linear down", "linear head",
     }  # fmt: skip
 
 
@@ -66,6 +68,8 @@ def test_every_operation_is_run_at_long_and_short_sizes(made):
         ("prefill attention", "20 after 0", 2 * (20 * 2 + 20 * 4) * 16 * 2, 4 * 4 * 16 * 210),
         ("prefill attention", "5 after 16", 2 * (21 * 2 + 5 * 4) * 16 * 2, 4 * 4 * 16 * 95),
         ("sample greedy", "6 x 128", 6 * 128 * 2, 0),
+        ("linear gate up", "9 rows", 2 * (64 * 64 + 9 * 128), 2 * 9 * 64 * 64),
+        ("linear head", "2 rows", 2 * (128 * 64 + 2 * 192), 2 * 2 * 128 * 64),
     ],
 )
 def test_bytes_and_operations_of_a_case(made, kernel, size, num_bytes, num_flops):
@@ -78,6 +82,13 @@ def test_attention_stands_beside_torchs_on_the_same_lengths(made):
     assert any(name.startswith("sdpa") for name in made["prefill attention", "20 after 0"].rivals)
     assert made["prefill attention", "5 after 16"].rivals == {}  # torch has no such mask
     assert list(made["sample greedy", "6 x 128"].rivals) == ["argmax"]
+
+
+def test_a_linear_is_bound_by_its_weights_until_the_rows_are_many(made):
+    assert made["linear qkv", "2 rows"].bound == "copy"
+    assert made["linear qkv", "9 rows"].bound == "gemm"
+    assert ("linear head", "9 rows") not in made  # so many rows are never sampled
+    assert list(made["linear gate up", "9 rows"].rivals) == ["two halves"]
 
 
 def test_the_fastest_rival_counts_and_shares_are_of_the_ceiling_that_bounds():
