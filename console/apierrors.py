@@ -62,6 +62,10 @@ def model_not_found(model_id: str) -> ApiError:
 # The tenant's own limit is 429; what the cluster lacks is 503, or 504 after a wait.
 _REJECTIONS = {
     "tenant_concurrency": (429, "rate_limit_exceeded"),
+    "contract_rate": (429, "rate_limit_exceeded"),
+    "contract_concurrency": (429, "rate_limit_exceeded"),
+    "contract_budget": (429, "insufficient_quota"),
+    "late": (503, "overloaded"),
     "queue_full": (503, "overloaded"),
     "no_worker": (503, "overloaded"),
     "model_not_served": (503, "overloaded"),

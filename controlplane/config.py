@@ -22,6 +22,8 @@ class ControlPlaneConfig:
     plans_max: int = 50
     candidates_max: int = 8  # in one decision record
     requests_view_max: int = 500
+    contracts_max: int = 4_096
+    promises_max: int = 10_000  # retries that were promised room and have not come yet
     # liveness (design.md section 11)
     suspect_s_min: float = 1.5
     dead_s_min: float = 3.0
@@ -48,6 +50,11 @@ class ControlPlaneConfig:
     measured_max: int = 32  # workers of one role whose latency is predicted for a request
     scan_max: int = 16  # queue heads tried per class and event
     retry_every_s: float = 0.02  # between two passes over requests that found no room
+    # admission
+    late_margin: float = 0.05  # share of the TTFT target kept free (algorithms.md 2c, m)
+    retry_s_min: float = 0.1
+    retry_share: float = 0.5  # of the cluster's prefill that promised retries may fill
+    retry_grace_s: float = 5.0  # a promised retry may come so much later than told
     # planner
     plan_every_s: float = 10.0
     plan_window_s: float = 30.0

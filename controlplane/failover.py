@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from controlplane.calibration import Bucket
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import GenerateRequest, Phase, Placement
+from controlplane.domain import Demotion, GenerateRequest, Phase, Placement, Tier
 
 
 @dataclass(slots=True)
@@ -28,10 +29,18 @@ class Tracked:
     recompute_s: float | None = None  # seconds a failed handoff took, until it is counted
     handoff_ready_at_s: float | None = None
     resumable_on: str = ""  # the lost worker that may come back with the sequence
+    demotion: Demotion | None = None  # why it is in the surplus tier
+    placed_at_s: float = 0.0
+    bucket: Bucket | None = None  # kind of the TTFT prediction, while it will be scored
+    ttft_s: float | None = None  # as the client saw it
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def tier(self) -> Tier:
+        return "surplus" if self.demotion else "guaranteed"
 
     def enter_phase(self, phase: Phase, now_s: float) -> None:
         self.phase, self.phase_at_s = phase, now_s

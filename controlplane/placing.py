@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from controlplane import decisions, domain, protocol
-from controlplane.admission import WaitingRoom
+from controlplane.admission import Outlook, late_by_s, late_text
+from controlplane.calibration import TTFTCalibration, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates
 from controlplane.domain import Command, Decided
@@ -14,6 +15,7 @@ from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Reservation, Worker
 from controlplane.router import Route, route
 from controlplane.scorers import Ask, blocks_needed
+from controlplane.waiting import WaitingRoom
 
 
 class Placer:
@@ -36,6 +38,7 @@ class Placer:
         self.room = WaitingRoom(config)
         self.prefixes = PrefixIndex(config.prefix_blocks_max, config.prefix_holders_max)
         self.rates = TransferRates(config)
+        self.calibration = TTFTCalibration()
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start, in the order of the waiting room.
@@ -45,17 +48,77 @@ class Placer:
         is_early = now_s - self._passed_at_s < self._config.retry_every_s
         if not len(self.room) or (is_early and len(self.room) > self._config.scan_max):
             return
-        has_started = True
-        while has_started:
-            has_started = False
+        has_changed = True
+        while has_changed:
+            has_changed = False
             for request in self.room.next_up():
                 tracked = self._tracked[request.request_id]
                 found = self._route(tracked, now_s)
-                if found.placement is not None:
+                late = self._late(tracked, found, now_s)
+                if late is not None:  # it waits behind those that can still be in time
+                    self.demote(tracked, domain.Demotion("late", late))
+                    has_changed = True
+                elif found.placement is not None:
                     self._start(tracked, found, now_s)
-                    has_started = True
+                    has_changed = True
         if len(self.room):
             self._passed_at_s = now_s
+
+    def outlook(self, tracked: Tracked, now_s: float) -> Outlook | None:
+        """What a request that has not started would get now; None when no worker can take it."""
+        found = self._route(tracked, now_s)
+        return self._outlook(tracked, found) if found.candidates else None
+
+    def _outlook(self, tracked: Tracked, found: Route) -> Outlook | None:
+        """Of the placement, or of the best worker when so much is queued there that it waits."""
+        rows = {row.worker_id: row for row in found.candidates if row.eligible}
+        if found.placement is not None:
+            first = rows[found.placement.prefill_worker]
+            ttft_s, itl_s = found.placement.predicted_ttft_s, found.placement.predicted_itl_s
+            is_handoff = found.placement.split == "handoff"
+        elif rows:
+            first = min(rows.values(), key=lambda row: (row.ttft_s, row.worker_id))
+            ttft_s, itl_s, is_handoff = first.ttft_s, first.itl_s, False
+        else:
+            return None
+        bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
+        return Outlook(
+            worker_id=first.worker_id,
+            ttft_s=ttft_s,
+            ttft_s_p99=self.calibration.margin(bucket) * ttft_s,
+            itl_s=itl_s,
+            work_s=first.prefill_s,
+            num_workers=max(1, found.num_first),
+        )
+
+    def _late(self, tracked: Tracked, found: Route, now_s: float) -> str | None:
+        """Why a waiting request of the guaranteed tier cannot be in time any more. A request that
+        has had a worker goes on as it is."""
+        request, slo = tracked.request, tracked.request.slo
+        if slo.is_batch or tracked.tier == "surplus" or tracked.epoch or tracked.num_refusals:
+            return None
+        waited_s = now_s - request.arrived_at_s
+        outlook = self._outlook(tracked, found)
+        if outlook is None:
+            is_late = waited_s > slo.ttft_s_p99
+            text = f"has waited {waited_s:.1f} s, target {slo.ttft_s_p99:.1f} s"
+            return text if is_late else None
+        is_late = late_by_s(outlook, slo, waited_s, self._config.late_margin) > 0.0
+        if is_late or outlook.itl_s > slo.itl_s_p99:
+            return late_text(outlook, slo, waited_s, 0.0)
+        return None
+
+    def demote(self, tracked: Tracked, demotion: domain.Demotion) -> None:
+        tracked.demotion = demotion
+        self.room.demote(tracked.request)
+
+    def observe_ttft(self, tracked: Tracked, now_s: float) -> None:
+        """The first token is out: score the prediction of its placement."""
+        placement = tracked.placement
+        if placement is not None and tracked.bucket is not None:
+            actual_s = now_s - tracked.placed_at_s
+            self.calibration.observe(tracked.bucket, placement.predicted_ttft_s, actual_s)
+        tracked.bucket = None
 
     def _route(self, tracked: Tracked, now_s: float) -> Route:
         request = tracked.request
@@ -65,6 +128,7 @@ class Placer:
             ttft_s_left=request.slo.ttft_s_p99 - (now_s - request.arrived_at_s),
             cached_blocks=self.prefixes.matched(request.block_hashes),
             avoid=tracked.avoided(now_s),
+            is_surplus=tracked.tier == "surplus",
         )
         serving = [
             worker
@@ -82,16 +146,22 @@ class Placer:
         tracked.epoch += 1
         tracked.placement = placement
         tracked.resumable_on = ""
+        tracked.placed_at_s = now_s
+        tracked.bucket = None
+        if tracked.epoch == 1 and tracked.tier == "guaranteed" and not request.slo.is_batch:
+            first = next(
+                row for row in found.candidates if row.worker_id == placement.prefill_worker
+            )
+            is_handoff = placement.split == "handoff"
+            tracked.bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:
             self._observe(request.model_id, found, now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)
         self._count_move(tracked, found)
-        record = decisions.placed(
-            request.request_id, tracked.epoch, found, waited_s, tracked.move_reason
-        )
-        outcome = domain.Placed(placement, tracked.epoch)
+        record = decisions.placed(tracked, found, waited_s)
+        outcome = domain.Placed(placement, tracked.epoch, tracked.demotion)
         self._commands.append(Decided(request.request_id, outcome, record))
         tracked.move_reason = ""
 
@@ -112,7 +182,9 @@ class Placer:
         self.prefixes.insert(placement.prefill_worker, hashes)
         if placement.split == "local":
             self.reserve(decode, tracked, "full", uncached)
-            self._commands.append(domain.Dispatch(decode.worker_id, request_id, epoch, "full"))
+            self._commands.append(
+                domain.Dispatch(decode.worker_id, request_id, epoch, "full", tier=tracked.tier)
+            )
             return
         prefill = self._registry.workers[placement.prefill_worker]
         address = prefill.hello.handoff_address
@@ -128,6 +200,7 @@ class Placer:
                 epoch,
                 "prefill",
                 handoff_out=protocol.HandoffOut(shown),
+                tier=tracked.tier,
             ),
             domain.Dispatch(
                 decode.worker_id,
@@ -135,6 +208,7 @@ class Placer:
                 epoch,
                 "decode",
                 handoff_in=protocol.HandoffIn(address, shown, timeout_s),
+                tier=tracked.tier,
             ),
         ]
 
@@ -158,6 +232,8 @@ class Placer:
                 context_tokens=request.prompt_tokens,
                 is_accepted=is_reported,
                 is_reported=is_reported,
+                is_surplus=tracked.tier == "surplus",
+                is_prefilling=not tracked.has_first_token,
             )
         )
 
@@ -184,8 +260,6 @@ class Placer:
         position = self.room.position(tracked.request)
         per_start_s = min((row.prefill_s for row in found.candidates), default=0.0)
         start_s = found.queue_s + (position - 1) * per_start_s
-        record = decisions.queued(
-            tracked.request_id, tracked.epoch, found, 0.0, tracked.move_reason
-        )
-        outcome = domain.Queued(position, start_s)
+        record = decisions.queued(tracked, found, 0.0)
+        outcome = domain.Queued(position, start_s, tracked.demotion)
         self._commands.append(Decided(tracked.request_id, outcome, record))

@@ -5,11 +5,14 @@ chance give the same commands. Requests in == completed + failed + cancelled + r
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from controlplane import domain, protocol, views
+from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
+from controlplane.contracts import Preview, preview
 from controlplane.domain import Command
+from controlplane.ledger import AccountView
 from controlplane.planner import Planner
 from controlplane.registry import Registry, Worker
 from controlplane.requests import Requests
@@ -46,13 +49,17 @@ class ControlPlane:
             case domain.FirstToken():
                 self._requests.first_token(event, now_s)
             case domain.Finished():
-                self._requests.finished(event)
+                self._requests.finished(event, now_s)
             case domain.Stalled():
                 self._requests.stalled(event, now_s)
             case domain.RoleOrdered():
                 self._on_role(event, now_s)
             case domain.DrainOrdered():
                 self._on_drain(event)
+            case domain.ContractsSet():
+                limit = self._config.contracts_max
+                assert len(event.contracts) <= limit, (len(event.contracts), limit)
+                self._requests.ledger.set_contracts(event.contracts, event.spent)
             case domain.ServerDraining():
                 self._requests.is_draining = True
             case domain.Tick():
@@ -72,6 +79,22 @@ class ControlPlane:
             queued_by_class=self._requests.waiting_by_class(),
             plans=tuple(self._plans),
         )
+
+    @property
+    def calibration(self) -> TTFTCalibration:
+        """How predicted TTFTs turned out; for metrics."""
+        return self._requests.calibration
+
+    def accounts(self, now_s: float) -> tuple[AccountView, ...]:
+        """Every contract and where it stands."""
+        return self._requests.ledger.views(now_s)
+
+    def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
+        """What these contracts would commit, model by model, were they set now."""
+        before = self._requests.ledger.contracts()
+        models = {contract.model_id for contract in (*before, *contracts)}
+        found = [self._registry.capacity(model_id) for model_id in sorted(models)]
+        return preview(before, contracts, [item for item in found if item is not None])
 
     # --- workers ---------------------------------------------------------------------------------
 

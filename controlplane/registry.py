@@ -11,7 +11,8 @@ from math import isfinite
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
-from controlplane.latency import is_sound
+from controlplane.contracts import Capacity
+from controlplane.latency import is_sound, prompt_token_s
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class Reservation:
     context_tokens: int
     is_accepted: bool = False
     is_reported: bool = False
+    is_surplus: bool = False
+    is_prefilling: bool = True  # until its first output id
 
 
 @dataclass(slots=True)
@@ -54,6 +57,7 @@ class Worker:
     num_online_decoding: int = 0  # of them, those that decode here, or will
     num_batch: int = 0
     online_context_tokens: int = 0  # prompts of the online sequences that decode here
+    surplus_tokens: int = 0  # uncached prompt tokens of surplus requests without an output id
 
     def reserve(self, reservation: Reservation) -> None:
         """Debit at dispatch."""
@@ -77,6 +81,8 @@ class Worker:
             self.num_batch += sign
         else:
             self.num_online += sign
+            if reservation.is_surplus and reservation.is_prefilling:
+                self.surplus_tokens += sign * reservation.prefill_tokens
             if reservation.stage != "prefill":
                 self.num_online_decoding += sign
                 self.online_context_tokens += sign * reservation.context_tokens
@@ -85,6 +91,14 @@ class Worker:
         """The worker has queued it: its next report includes it."""
         if reservation := self.reservations.get(request_id):
             reservation.is_accepted = True
+
+    def first_token(self, request_id: str) -> None:
+        """Its prompt is computed."""
+        reservation = self.reservations.get(request_id)
+        if reservation is not None and reservation.is_prefilling:
+            if reservation.is_surplus:
+                self.surplus_tokens -= reservation.prefill_tokens
+            reservation.is_prefilling = False
 
     def report(self, load: protocol.WorkerLoad) -> None:
         """Take the worker's own numbers; what it had accepted before is part of them.
@@ -115,6 +129,13 @@ class Worker:
     def prefill_tokens_given(self) -> int:
         """Online prompt tokens dispatched to it that its last report cannot include yet."""
         return sum(held.prefill_tokens for held in self.unreported.values() if not held.is_batch)
+
+    def prefill_tokens_ahead(self, is_surplus: bool) -> int:
+        """Prompt tokens that it computes before those of a new request of that tier."""
+        ahead = self.prefill_tokens_given
+        if self.load:
+            ahead += self.load.prefill_tokens_waiting
+        return ahead if is_surplus else max(0, ahead - self.surplus_tokens)
 
     def blocks_free(self, is_batch: bool) -> int:
         """KV blocks that a new sequence may get; batch rows give way to online ones."""
@@ -159,6 +180,9 @@ class Worker:
         assert self.num_online_decoding == len(decoding), (self.worker_id, len(decoding))
         context = sum(item.context_tokens for item in decoding)
         assert self.online_context_tokens == context, (self.worker_id, context)
+        surplus = [item for item in online if item.is_surplus and item.is_prefilling]
+        tokens = sum(item.prefill_tokens for item in surplus)
+        assert self.surplus_tokens == tokens, (self.worker_id, self.surplus_tokens, tokens)
         unreported = {item.request_id for item in held if not item.is_reported}
         assert set(self.unreported) == unreported, (self.worker_id, unreported)
 
@@ -273,6 +297,19 @@ class Registry:
         if worker is None or worker.epoch != epoch or worker.status == "lost":
             return None
         return worker
+
+    def capacity(self, model_id: str) -> Capacity | None:
+        """What the live workers of a model give to contracts; None without one."""
+        serving = [
+            worker
+            for worker in self.workers.values()
+            if worker.status == "live" and worker.has_model(model_id)
+        ]
+        if not serving:
+            return None
+        slowest = max(serving, key=lambda worker: prompt_token_s(worker.step_model))
+        kv_tokens = sum(worker.hello.num_blocks * worker.hello.block_tokens for worker in serving)
+        return Capacity(model_id, len(serving), kv_tokens, slowest.step_model)
 
     def dead(self, now_s: float) -> list[tuple[Worker, str]]:
         """Members that have been silent or stuck for too long, with the reason."""

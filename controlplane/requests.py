@@ -3,11 +3,22 @@
 Requests submitted == completed + failed + cancelled + rejected + tracked here.
 """
 
+from dataclasses import replace
+
 from controlplane import decisions, domain, protocol
-from controlplane.admission import DRAINING_RETRY_S, RETRY_S, refuse_worker
+from controlplane.admission import (
+    DRAINING_RETRY_S,
+    RETRY_S,
+    RetryBook,
+    late_by_s,
+    late_text,
+    refuse_worker,
+)
+from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import Command, Decided, Rejected
+from controlplane.domain import Command, Decided, Demotion, Rejected
 from controlplane.failover import Tracked
+from controlplane.ledger import Account, Ledger, worst_case
 from controlplane.placing import Placer
 from controlplane.planner import Planner
 from controlplane.registry import Registry, Worker
@@ -17,6 +28,15 @@ REFUSALS_FINAL = (
     "unknown_model",
     "bad_token_ids",
 )  # reasons that waiting does not mend
+NOT_OURS = (
+    "contract_rate",
+    "contract_budget",
+    "contract_concurrency",
+    "tenant_concurrency",
+    "prompt_too_long",
+    "draining",
+    "cancelled",
+)  # ends that count neither for nor against a contract's attainment
 Answer = (
     protocol.Accepted
     | protocol.Rejected
@@ -43,7 +63,13 @@ class Requests:
         self.tracked: dict[str, Tracked] = {}
         self._placer = Placer(config, registry, planner, self.tracked, commands)
         self._room = self._placer.room
+        self._book = RetryBook(config)
+        self.ledger = Ledger()
         self.is_draining = False
+
+    @property
+    def calibration(self) -> TTFTCalibration:
+        return self._placer.calibration
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start now."""
@@ -55,17 +81,74 @@ class Requests:
     def submit(self, request: domain.GenerateRequest, now_s: float) -> None:
         assert request.request_id not in self.tracked, f"{request.request_id} submitted twice"
         tracked = Tracked(request, "queued", now_s)
-        if refused := self._refuse(request):
+        account = self.ledger.account(request)
+        if refused := self._refuse(request) or self._admit(tracked, account, now_s):
             self._decide_rejected(tracked, refused, now_s)
+            self._judge(tracked, False, refused.code, now_s)
             return
         self.tracked[request.request_id] = tracked
         if not request.slo.is_batch:
             count = self._num_by_tenant.get(request.tenant_id, 0)
             self._num_by_tenant[request.tenant_id] = count + 1
-        self._room.enter(request, now_s)
+        if account is not None:
+            self.ledger.reserve(account, request, tracked.tier, now_s)
+        self._room.enter(request, tracked.tier, now_s)
         self._placer.start_waiting(now_s)
         if request.request_id in self._room:
             self._placer.decide_queued(tracked, now_s)
+
+    def _admit(self, tracked: Tracked, account: Account | None, now_s: float) -> Rejected | None:
+        """Its contract, then the prediction: refused, or `tracked` says why it is surplus."""
+        request = tracked.request
+        if account is not None:
+            tokens, usd = worst_case(account.contract, request)
+            if refused := account.refuse_hard(tokens, usd):
+                is_moving = refused.code == "contract_concurrency"
+                return replace(refused, retry_after_s=RETRY_S) if is_moving else refused
+            over = None if request.slo.is_batch else account.over_rate(tokens, now_s)
+            if over is not None and account.contract.over_limit == "reject":
+                return over
+            if over is not None:
+                tracked.demotion = Demotion(over.code, over.message)
+        is_judged = tracked.demotion is None and not request.slo.is_batch
+        if is_judged and (refused := self._judge_late(tracked, account, now_s)):
+            return refused
+        return self._room.refuse_queue(request.slo, tracked.tier)
+
+    def _judge_late(
+        self, tracked: Tracked, account: Account | None, now_s: float
+    ) -> Rejected | None:
+        """The calibrated prediction against the class's targets, before anything is spent. Room
+        that was promised to earlier refusals is not there for others."""
+        request, slo = tracked.request, tracked.request.slo
+        outlook = self._placer.outlook(tracked, now_s)
+        if outlook is None:
+            return None  # nobody can take it now: it waits, and is late when it is
+        is_promised = self._book.redeem(request.tenant_id, now_s)
+        waited_s = max(0.0, now_s - request.arrived_at_s)
+        promised_s = 0.0
+        if not is_promised:
+            promised_s = self._book.ahead_s(slo.ttft_s_p99, outlook.num_workers, now_s)
+        late_s = late_by_s(outlook, slo, waited_s, self._config.late_margin) + promised_s
+        if late_s <= 0.0 and outlook.itl_s <= slo.itl_s_p99:
+            return None
+        text = late_text(outlook, slo, waited_s, promised_s)
+        if account is None or account.contract.when_late == "surplus":
+            tracked.demotion = Demotion("late", text)
+            return None
+        wait_s = max(late_s, self._config.retry_s_min)
+        retry_s = self._book.promise(
+            request.tenant_id, wait_s, outlook.work_s, outlook.num_workers, now_s
+        )
+        return Rejected("late", text, retry_s)
+
+    def _judge(self, tracked: Tracked, is_met: bool, code: str, now_s: float) -> None:
+        """Count a guaranteed request for its contract's attainment; the tenant's own limits, its
+        own cancellations and a shutdown say nothing about us."""
+        account = self.ledger.account(tracked.request)
+        is_ours = code not in NOT_OURS
+        if account is not None and is_ours and tracked.tier == "guaranteed":
+            account.objective.observe(is_met, now_s)
 
     def _refuse(self, request: domain.GenerateRequest) -> Rejected | None:
         if self.is_draining:
@@ -85,19 +168,22 @@ class Requests:
                 f" {self._config.requests_max}",
                 RETRY_S,
             )
-        return refuse_worker(request, self._registry.workers.values()) or self._room.refuse_queue(
-            request.slo
-        )
+        return refuse_worker(request, self._registry.workers.values())
 
     def first_token(self, event: domain.FirstToken, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)
         if tracked is None:
             return
+        if not tracked.has_first_token:
+            tracked.ttft_s = event.ttft_s
+            self._placer.observe_ttft(tracked, now_s)
         tracked.has_first_token = True
+        for worker_id in tracked.workers():
+            self._registry.workers[worker_id].first_token(tracked.request_id)
         if tracked.phase == "prefill":
             tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
 
-    def finished(self, event: domain.Finished) -> None:
+    def finished(self, event: domain.Finished, now_s: float) -> None:
         """Cancelling is free where nothing runs any more, and a stop string ends a sequence that
         its worker would go on with."""
         tracked = self.tracked.get(event.request_id)
@@ -106,7 +192,12 @@ class Requests:
         self._leave(tracked)
         if event.request_id in self._room:
             self._room.remove(tracked.request)
-        self._forget(tracked)
+        slo, ttft_s = tracked.request.slo, tracked.ttft_s
+        is_in_time = ttft_s is not None and ttft_s <= slo.ttft_s_p99
+        is_met = is_in_time and event.itl_s_p99 <= slo.itl_s_p99 and event.status == "completed"
+        self._judge(tracked, is_met, event.status, now_s)
+        output_tokens = event.output_tokens if event.status != "failed" else None
+        self._forget(tracked, output_tokens, now_s)
 
     def stalled(self, event: domain.Stalled, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)
@@ -146,10 +237,14 @@ class Requests:
 
     def _reject(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
         self._decide_rejected(tracked, outcome, now_s)
-        self._forget(tracked)
+        self._judge(tracked, False, outcome.code, now_s)
+        self._forget(tracked, None, now_s)
 
-    def _forget(self, tracked: Tracked) -> None:
+    def _forget(self, tracked: Tracked, output_tokens: int | None, now_s: float) -> None:
+        """None: given up, and not billed. A request that no worker had is not billed either."""
         del self.tracked[tracked.request_id]
+        is_billed = output_tokens is not None and tracked.epoch > 0
+        self.ledger.settle(tracked.request_id, output_tokens or 0, is_billed, now_s)
         if tracked.request.slo.is_batch:
             return
         tenant_id = tracked.request.tenant_id
@@ -278,5 +373,6 @@ class Requests:
             for worker_id in tracked.workers():
                 held = self._registry.workers[worker_id].reservations
                 assert tracked.request_id in held, (tracked.request_id, worker_id)
+        self.ledger.check_integrity(self.tracked)
         online = [item for item in self.tracked.values() if not item.request.slo.is_batch]
         assert sum(self._num_by_tenant.values()) == len(online), self._num_by_tenant

@@ -25,6 +25,7 @@ class Route:
     uncached_tokens: int
     threshold_tokens: int
     queue_s: float  # predicted wait on the best worker
+    num_first: int = 1  # workers that may compute its prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +182,14 @@ def _settle(
         row for row in rows if row.worker_id not in chosen
     )
     rows = rows[: config.candidates_max]
+    num_first = sum(row.eligible and (not prefill or row.role == prefill.role) for row in rows)
     hold_s = max(config.hold_s_min, ask.request.slo.ttft_s_p99)
     if first.queue_s > hold_s and not ask.request.slo.is_batch:
         reason = (
             f"{first.worker_id} has {first.queue_s * 1000.0:.0f} ms of prompts before it, more than"
             f" the {hold_s * 1000.0:.0f} ms that may wait at a worker"
         )
-        return Route(None, reason, why, rows, uncached, threshold, first.queue_s)
+        return Route(None, reason, why, rows, uncached, threshold, first.queue_s, num_first)
     placement = Placement(
         split="handoff" if prefill else "local",
         prefill_worker=first.worker_id,
@@ -206,7 +208,7 @@ def _settle(
         f" {first.prefill_s * 1000.0:.0f}, transfer {first.transfer_s * 1000.0:.0f}) against"
         f" {ask.ttft_s_left * 1000.0:.0f} ms left, step {decode.itl_s * 1000.0:.0f} ms"
     )
-    return Route(placement, reason, why, rows, uncached, threshold, first.queue_s)
+    return Route(placement, reason, why, rows, uncached, threshold, first.queue_s, num_first)
 
 
 def _nowhere(

@@ -31,6 +31,7 @@ class Ask:
     ttft_s_left: float
     cached_blocks: dict[str, int]  # leading prefix blocks by worker, of the index's block size
     avoid: frozenset[str]  # workers that have just refused it
+    is_surplus: bool = False
 
     def cached_tokens(self, worker: Worker, config: ControlPlaneConfig) -> int:
         """Prompt tokens that the worker need not compute, in whole blocks of its own size; the
@@ -89,7 +90,7 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
         return f"{worker.num_online} online sequences, at most {config.sequences_max}"
     needed = blocks_needed(worker, request, output)
     free = worker.blocks_free(request.slo.is_batch)
-    if request.slo.is_batch:
+    if request.slo.is_batch or (ask.is_surplus and worker.num_online):
         free -= int(config.batch_kv_reserve * worker.hello.num_blocks)
     if needed > free:
         return f"needs {needed} KV blocks, {max(0, free)} free"
@@ -132,8 +133,8 @@ def _wait_s(worker: Worker, ask: Ask) -> float:
     load = worker.load
     beside = online_step(worker)
     itl_s = ask.request.slo.itl_s_p99
-    reported = load.prefill_tokens_waiting if load else 0
-    ahead = reported + worker.prefill_tokens_given
+    ahead = worker.prefill_tokens_ahead(ask.is_surplus)
+    reported = min(ahead, load.prefill_tokens_waiting) if load else 0
     wait_s = prefill_s(worker.step_model, 0, ahead, beside, itl_s) if ahead else 0.0
     in_step_s = worker.busy_s + max(0.0, ask.now_s - worker.heard_at_s)
     if reported:

@@ -224,7 +224,11 @@ class Cluster:
             delivered=list(stream.ids),
             sampling=protocol.Sampling(stream.request.output_tokens_max),
             targets=protocol.ClassTargets(
-                slo.name, slo.rank, slo.ttft_s_p99, slo.itl_s_p99, slo.is_batch
+                slo.name,
+                slo.rank,
+                slo.ttft_s_p99 if command.tier == "guaranteed" else 0.0,
+                slo.itl_s_p99,
+                slo.is_batch,
             ),
             salt=stream.request.tenant_id.encode(),
             handoff_out=command.handoff_out,
