@@ -6,37 +6,32 @@ Source: algorithms.md 2c.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import GenerateRequest, Rejected, SLOClass
-from controlplane.registry import Worker
+from controlplane.pools import Pool
 
 RETRY_S = 1.0  # a tenant's own requests end at this pace at best
 NO_WORKER_RETRY_S = 5.0  # a worker process starts in about this time
 DRAINING_RETRY_S = 5.0
 
 
-def refuse_worker(request: GenerateRequest, workers: Iterable[Worker]) -> Rejected | None:
+def refuse_worker(request: GenerateRequest, pool: Pool | None, num_workers: int) -> Rejected | None:
     """No member could ever run it. Lost members may come back, so they count."""
-    known = list(workers)
-    serving = [worker for worker in known if worker.has_model(request.model_id)]
-    if not serving:
+    if pool is None:
         if request.slo.is_batch:  # its deadline is hours away: it waits for a worker
             return None
-        if not known:
+        if not num_workers:
             return Rejected("no_worker", "no worker has joined", NO_WORKER_RETRY_S)
         return Rejected("model_not_served", f"no worker serves {request.model_id}", None)
     prompt, total = request.prompt_tokens, request.prompt_tokens + request.output_tokens_max
-    model_tokens = max(worker.model(request.model_id).max_model_len for worker in serving)
-    if total > model_tokens:
+    if total > pool.model_tokens_max:
         text = f"prompt of {prompt} and output of {request.output_tokens_max} tokens, at most"
-        return Rejected("prompt_too_long", f"{text} {model_tokens} together", None)
-    kv_tokens = max(worker.hello.num_blocks * worker.hello.block_tokens for worker in serving)
-    if total - 1 > kv_tokens:
-        text = f"prompt and output of {total} tokens, KV for {kv_tokens} on the largest worker"
-        return Rejected("prompt_too_long", text, None)
+        return Rejected("prompt_too_long", f"{text} {pool.model_tokens_max} together", None)
+    if total - 1 > pool.kv_tokens_max:
+        text = f"prompt and output of {total} tokens, KV for {pool.kv_tokens_max} on the largest"
+        return Rejected("prompt_too_long", f"{text} worker", None)
     return None
 
 

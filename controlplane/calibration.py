@@ -32,17 +32,17 @@ class _Window:
     newest: deque[float] = field(default_factory=deque)
     ordered: list[float] = field(default_factory=list)
     miss_rate: float = MISS_RATE
+    margin: float = MARGIN_AT_START
 
     def add(self, score: float) -> None:
         self.newest.append(score)
         insort(self.ordered, score)
         if len(self.newest) > SCORES_MAX:
             del self.ordered[bisect_left(self.ordered, self.newest.popleft())]
-
-    def margin(self) -> float:
         count = len(self.ordered)
-        level = min(1.0, (1.0 - self.miss_rate) * (1.0 + 1.0 / count))
-        return self.ordered[min(count - 1, ceil(level * count) - 1)]
+        if count >= SCORES_MIN:
+            level = min(1.0, (1.0 - self.miss_rate) * (1.0 + 1.0 / count))
+            self.margin = self.ordered[min(count - 1, ceil(level * count) - 1)]
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class TTFTCalibration:
         window = self._windows.get(bucket)
         if window is None or len(window.ordered) < SCORES_MIN:
             window = self._all
-        return window.margin() if len(window.ordered) >= SCORES_MIN else MARGIN_AT_START
+        return window.margin
 
     def observe(self, bucket: Bucket, predicted_s: float, actual_s: float) -> None:
         """A request had its first token `actual_s` after it was placed."""

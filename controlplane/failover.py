@@ -23,6 +23,7 @@ class Tracked:
     has_first_token: bool = False
     num_moves: int = 0
     num_refusals: int = 0
+    num_replaced: int = 0  # before it started, to a worker that starts it sooner
     avoid_until_s: dict[str, float] = field(default_factory=dict)
     lost_worker: str = ""  # whose loss the next dispatch answers
     move_reason: str = ""

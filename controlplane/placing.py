@@ -1,6 +1,6 @@
 """Starts waiting requests: routes them, debits the workers, writes dispatches and decisions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from controlplane import decisions, domain, protocol
@@ -11,8 +11,10 @@ from controlplane.disagg import TransferRates
 from controlplane.domain import Command, Decided
 from controlplane.failover import Tracked
 from controlplane.planner import Planner
+from controlplane.pools import Pools
 from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Reservation, Worker
+from controlplane.replacing import Waiting
 from controlplane.router import Route, route
 from controlplane.scorers import Ask, blocks_needed
 from controlplane.waiting import WaitingRoom
@@ -34,6 +36,8 @@ class Placer:
         self._planner = planner
         self._tracked = tracked
         self._commands = commands
+        self.pools = Pools(config)
+        self.uniform: Callable[[], float] = lambda: 0.5  # of the event in hand
         self._passed_at_s = float("-inf")  # last pass over waiting requests that found no room
         self.room = WaitingRoom(config)
         self.prefixes = PrefixIndex(config.prefix_blocks_max, config.prefix_holders_max)
@@ -53,7 +57,7 @@ class Placer:
             has_changed = False
             for request in self.room.next_up():
                 tracked = self._tracked[request.request_id]
-                found = self._route(tracked, now_s)
+                found = self.route(tracked, now_s)
                 late = self._late(tracked, found, now_s)
                 if late is not None:  # it waits behind those that can still be in time
                     self.demote(tracked, domain.Demotion("late", late))
@@ -64,12 +68,7 @@ class Placer:
         if len(self.room):
             self._passed_at_s = now_s
 
-    def outlook(self, tracked: Tracked, now_s: float) -> Outlook | None:
-        """What a request that has not started would get now; None when no worker can take it."""
-        found = self._route(tracked, now_s)
-        return self._outlook(tracked, found) if found.candidates else None
-
-    def _outlook(self, tracked: Tracked, found: Route) -> Outlook | None:
+    def outlook(self, found: Route) -> Outlook | None:
         """Of the placement, or of the best worker when so much is queued there that it waits."""
         rows = {row.worker_id: row for row in found.candidates if row.eligible}
         if found.placement is not None:
@@ -98,7 +97,7 @@ class Placer:
         if slo.is_batch or tracked.tier == "surplus" or tracked.epoch or tracked.num_refusals:
             return None
         waited_s = now_s - request.arrived_at_s
-        outlook = self._outlook(tracked, found)
+        outlook = self.outlook(found)
         if outlook is None:
             is_late = waited_s > slo.ttft_s_p99
             text = f"has waited {waited_s:.1f} s, target {slo.ttft_s_p99:.1f} s"
@@ -120,22 +119,59 @@ class Placer:
             self.calibration.observe(tracked.bucket, placement.predicted_ttft_s, actual_s)
         tracked.bucket = None
 
-    def _route(self, tracked: Tracked, now_s: float) -> Route:
+    def route(self, tracked: Tracked, now_s: float) -> Route:
+        """Where the request would go now."""
         request = tracked.request
-        ask = Ask(
+        return route(
+            self._ask(tracked, tracked.avoided(now_s), now_s),
+            self.pools.pool(request.model_id),
+            self.rates,
+            self._config,
+            self.uniform,
+            can_split=tracked.num_moves == 0,
+        )
+
+    def _ask(self, tracked: Tracked, avoid: frozenset[str], now_s: float) -> Ask:
+        request = tracked.request
+        return Ask(
             request=request,
             now_s=now_s,
             ttft_s_left=request.slo.ttft_s_p99 - (now_s - request.arrived_at_s),
-            cached_blocks=self.prefixes.matched(request.block_hashes),
-            avoid=tracked.avoided(now_s),
+            hits=self.prefixes.matched(request.block_hashes),
+            avoid=avoid,
             is_surplus=tracked.tier == "surplus",
+            margin=self.calibration.margin,
         )
-        serving = [
-            worker
-            for worker in self._registry.workers.values()
-            if worker.has_model(request.model_id)
-        ]
-        return route(ask, serving, self.rates, self._config, can_split=tracked.num_moves == 0)
+
+    def joined(self, worker: Worker) -> None:
+        """A new member or one that is back."""
+        self.pools.join(worker)
+        tokens, size = worker.hello.block_tokens, self._config.prefix_block_tokens
+        device, host = worker.hello.num_blocks, worker.hello.host_blocks
+        self.prefixes.join(worker.worker_id, device * tokens // size, host * tokens // size)
+
+    def forgotten(self, worker: Worker) -> None:
+        self.pools.forget(worker)
+        self.prefixes.leave(worker.worker_id)
+
+    def sooner(self, waiting: Waiting, now_s: float) -> Route | None:
+        """Another worker that would start the request within replace_gain of its present time."""
+        tracked = waiting.tracked
+        avoid = tracked.avoided(now_s) | {waiting.worker_id}
+        pool = self.pools.pool(tracked.request.model_id)
+        ask = self._ask(tracked, avoid, now_s)
+        found = route(ask, pool, self.rates, self._config, self.uniform, can_split=True)
+        placement, former = found.placement, tracked.placement
+        assert former is not None
+        if placement is None or placement.split != former.split:
+            return None  # whether a prompt is computed apart was decided on other grounds
+        limit_s = self._config.replace_gain * waiting.ttft_s
+        is_sooner = found.queue_s <= self._config.replace_gain * waiting.wait_s
+        return found if is_sooner and placement.predicted_ttft_s <= limit_s else None
+
+    def start_now(self, tracked: Tracked, found: Route, now_s: float) -> None:
+        """Start a request of the waiting room by a route that has just been found."""
+        self._start(tracked, found, now_s)
 
     def _start(self, tracked: Tracked, found: Route, now_s: float) -> None:
         placement = found.placement
@@ -236,6 +272,7 @@ class Placer:
                 is_prefilling=not tracked.has_first_token,
             )
         )
+        self.pools.refile(worker)
 
     def _count_move(self, tracked: Tracked, found: Route) -> None:
         if tracked.lost_worker:
@@ -253,7 +290,7 @@ class Placer:
 
     def decide_queued(self, tracked: Tracked, now_s: float) -> None:
         """Says that a new request waits; the record shows what it would have got now."""
-        found = self._route(tracked, now_s)
+        found = self.route(tracked, now_s)
         if found.placement is not None:
             why = f"{len(self.room) - 1} requests are before it"
             found = replace(found, placement=None, reason=why)

@@ -14,6 +14,7 @@ from controlplane.contracts import Preview, preview
 from controlplane.domain import Command
 from controlplane.ledger import AccountView
 from controlplane.planner import Planner
+from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
 from controlplane.requests import Requests
 
@@ -36,6 +37,7 @@ class ControlPlane:
     ) -> list[Command]:
         """What the driver shall do about `event`, in order. `uniform` draws from [0, 1)."""
         assert not self._commands, "handle was entered twice"
+        self._requests.set_chance(uniform)
         match event:
             case domain.WorkerHello():
                 self._on_hello(event, now_s, uniform)
@@ -81,6 +83,11 @@ class ControlPlane:
         )
 
     @property
+    def prefixes(self) -> PrefixIndex:
+        """What routing believes of workers' caches; for metrics and benchmarks."""
+        return self._requests.prefixes
+
+    @property
     def calibration(self) -> TTFTCalibration:
         """How predicted TTFTs turned out; for metrics."""
         return self._requests.calibration
@@ -117,7 +124,7 @@ class ControlPlane:
             self._commands.append(domain.SendRole(worker.worker_id, worker.role))
         if worker.is_drain_ordered:
             self._commands.append(domain.SendDrain(worker.worker_id))
-        self._requests.reattach(worker, now_s)
+        self._requests.joined(worker, now_s)
 
     def _on_message(self, event: domain.WorkerMessage, now_s: float) -> None:
         worker = self._registry.current(event.worker_id, event.epoch)
@@ -132,9 +139,11 @@ class ControlPlane:
             case protocol.Drained():
                 if worker.status == "draining":
                     worker.status = "drained"
+                    self._requests.refile(worker)
             case protocol.Goodbye() as goodbye:
                 self._lose(worker, f"{worker.worker_id} left: {goodbye.reason}", now_s)
                 del self._registry.workers[worker.worker_id]
+                self._requests.forgotten(worker)
             case answer:
                 self._requests.answered(worker, answer, now_s)
 
@@ -143,6 +152,7 @@ class ControlPlane:
     ) -> None:
         worker.report(load)
         worker.busy_s = busy_s
+        self._requests.refile(worker)
         if worker.role != "prefill":
             self._planner.observe_decode(now_s, worker.worker_id, load.online_s)
 
@@ -161,6 +171,7 @@ class ControlPlane:
         """An admission mask changes at once; requests in hand go on where they are."""
         changed = domain.PlanChanged(worker.worker_id, worker.role, role, by, reason)
         worker.role, worker.role_since_s = role, now_s
+        self._requests.refile(worker)
         self._plans.appendleft(changed)
         if worker.status != "lost":
             self._commands.append(domain.SendRole(worker.worker_id, role))
@@ -172,18 +183,20 @@ class ControlPlane:
             return
         worker.is_drain_ordered = True
         worker.status = "draining"
+        self._requests.refile(worker)
         self._commands.append(domain.SendDrain(worker.worker_id))
 
     def _lose(self, worker: Worker, why: str, now_s: float) -> None:
         """From here on nothing that this incarnation says counts."""
         worker.status = "lost"
+        self._requests.refile(worker)
         held = sorted(
             (self._requests.tracked[request_id] for request_id in worker.reservations),
             key=lambda item: (item.request.slo.rank, item.request.arrived_at_s, item.request_id),
         )
         for tracked in held:
             self._requests.move(tracked, worker.worker_id, why, now_s)
-        worker.load = None
+        worker.left()
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -196,8 +209,10 @@ class ControlPlane:
         for worker, why in self._registry.dead(now_s):
             self._commands.append(domain.CloseWorker(worker.worker_id, why))
             self._lose(worker, f"{worker.worker_id} was given up: {why}", now_s)
-        self._registry.forget_lost(now_s)
+        for worker in self._registry.forget_lost(now_s):
+            self._requests.forgotten(worker)
         self._requests.expire(now_s)
+        self._requests.balance(now_s)
         flip = self._planner.plan(now_s, list(self._registry.workers.values()))
         if flip is not None:
             self._change_role(flip.worker, flip.role, "planner", flip.reason, now_s)

@@ -12,7 +12,14 @@ from math import isfinite
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
 from controlplane.contracts import Capacity
-from controlplane.latency import is_sound, prompt_token_s
+from controlplane.latency import (
+    HINGE_ROWS,
+    StepFeatures,
+    is_sound,
+    prompt_context_token_s,
+    prompt_token_s,
+    step_s,
+)
 
 
 @dataclass(slots=True)
@@ -32,6 +39,22 @@ class Reservation:
     is_reported: bool = False
     is_surplus: bool = False
     is_prefilling: bool = True  # until its first output id
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What predictions take of a worker, computed once per change of its state. Seconds, tokens."""
+
+    model: protocol.StepModel
+    token_s: float  # of one more prompt token in a large step
+    chunk_context_s: float
+    beside: StepFeatures  # the decode step of the online sequences placed on it
+    beside_s: float
+    row_s: float  # one more decode row, without its context
+    blocks_free: int  # for an online sequence
+    blocks_free_batch: int
+    ahead_tokens: int  # prompt tokens before a new one of the guaranteed tier
+    ahead_tokens_all: int  # and of the surplus tier
 
 
 @dataclass(slots=True)
@@ -57,10 +80,45 @@ class Worker:
     num_online_decoding: int = 0  # of them, those that decode here, or will
     num_batch: int = 0
     online_context_tokens: int = 0  # prompts of the online sequences that decode here
+    ejected_until_s: float = 0.0
+    eject_reason: str = ""
+    is_out: bool = False  # suspect or ejected at the last tick
+    num_reports: int = 0  # since it joined or was ejected
     surplus_tokens: int = 0  # uncached prompt tokens of surplus requests without an output id
+    max_model_len: dict[str, int] = field(default_factory=dict)  # tokens, by model it serves
+    _pace: Pace | None = None
+
+    @property
+    def pace(self) -> Pace:
+        if self._pace is None:
+            self._pace = self._make_pace()
+        return self._pace
+
+    def _make_pace(self) -> Pace:
+        model = self.step_model
+        beside = StepFeatures(self.num_online_decoding, self.online_context_tokens)
+        row_s = model.per_token_s + model.per_sequence_s
+        for over_s, hinge in zip(model.per_token_over_s, HINGE_ROWS, strict=True):
+            row_s += over_s if beside.rows >= hinge else 0.0
+        ahead = self.prefill_tokens_given
+        if self.load:
+            ahead += self.load.prefill_tokens_waiting
+        return Pace(
+            model=model,
+            token_s=prompt_token_s(model),
+            chunk_context_s=prompt_context_token_s(model),
+            beside=beside,
+            beside_s=step_s(model, beside),
+            row_s=row_s,
+            blocks_free=self.blocks_free(False),
+            blocks_free_batch=self.blocks_free(True),
+            ahead_tokens=max(0, ahead - self.surplus_tokens),
+            ahead_tokens_all=ahead,
+        )
 
     def reserve(self, reservation: Reservation) -> None:
         """Debit at dispatch."""
+        self._pace = None
         assert reservation.request_id not in self.reservations, reservation
         self.reservations[reservation.request_id] = reservation
         if not reservation.is_reported:
@@ -69,6 +127,7 @@ class Worker:
 
     def release(self, request_id: str) -> bool:
         """Credit when the request leaves; False when it held nothing here."""
+        self._pace = None
         reservation = self.reservations.pop(request_id, None)
         self.unreported.pop(request_id, None)
         if reservation is None:
@@ -94,6 +153,7 @@ class Worker:
 
     def first_token(self, request_id: str) -> None:
         """Its prompt is computed."""
+        self._pace = None
         reservation = self.reservations.get(request_id)
         if reservation is not None and reservation.is_prefilling:
             if reservation.is_surplus:
@@ -111,12 +171,22 @@ class Worker:
             and min(load.prefill_tokens_waiting, load.kv_blocks_free, load.kv_blocks_cached) >= 0
         ):
             return
-        self.load = load
+        self.load, self._pace = load, None
+        self.num_reports += 1
         for request_id in [key for key, held in self.unreported.items() if held.is_accepted]:
             self.unreported.pop(request_id).is_reported = True
 
+    def joined_with(self, hello: protocol.Hello) -> None:
+        """What it is from now on; nothing reported yet."""
+        self.hello, self.load, self._pace = hello, None, None
+        self.max_model_len = {model.model_id: model.max_model_len for model in hello.models}
+
+    def left(self) -> None:
+        """Its reports say nothing any more."""
+        self.load, self._pace = None, None
+
     def has_model(self, model_id: str) -> bool:
-        return any(model.model_id == model_id for model in self.hello.models)
+        return model_id in self.max_model_len
 
     def model(self, model_id: str) -> protocol.ModelFacts:
         return next(model for model in self.hello.models if model.model_id == model_id)
@@ -129,13 +199,6 @@ class Worker:
     def prefill_tokens_given(self) -> int:
         """Online prompt tokens dispatched to it that its last report cannot include yet."""
         return sum(held.prefill_tokens for held in self.unreported.values() if not held.is_batch)
-
-    def prefill_tokens_ahead(self, is_surplus: bool) -> int:
-        """Prompt tokens that it computes before those of a new request of that tier."""
-        ahead = self.prefill_tokens_given
-        if self.load:
-            ahead += self.load.prefill_tokens_waiting
-        return ahead if is_surplus else max(0, ahead - self.surplus_tokens)
 
     def blocks_free(self, is_batch: bool) -> int:
         """KV blocks that a new sequence may get; batch rows give way to online ones."""
@@ -152,10 +215,12 @@ class Worker:
 
     def is_suspect(self, now_s: float, config: ControlPlaneConfig) -> bool:
         """Silent, or in one step, for longer than it should be: it gets no new work."""
+        silent_s = now_s - self.heard_at_s
+        if silent_s <= config.suspect_s_min and self.busy_s <= config.stuck_s_min:
+            return False
         predicted_s = 2.0 * self._predicted_s()
-        return now_s - self.heard_at_s > max(
-            config.suspect_s_min, predicted_s
-        ) or self.busy_s > max(config.stuck_s_min, predicted_s)
+        is_silent = silent_s > max(config.suspect_s_min, predicted_s)
+        return is_silent or self.busy_s > max(config.stuck_s_min, predicted_s)
 
     def dead_reason(self, now_s: float, config: ControlPlaneConfig) -> str:
         """Why it counts as dead, else an empty string."""
@@ -166,6 +231,9 @@ class Worker:
         if self.busy_s > max(config.hung_s_min, 4.0 * predicted_s):
             return f"one step has run for {self.busy_s:.1f} s"
         return ""
+
+    def is_ejected(self, now_s: float) -> bool:
+        return now_s < self.ejected_until_s
 
     def is_accepting(self, now_s: float, config: ControlPlaneConfig) -> bool:
         return self.status == "live" and not self.is_suspect(now_s, config)
@@ -183,6 +251,7 @@ class Worker:
         surplus = [item for item in online if item.is_surplus and item.is_prefilling]
         tokens = sum(item.prefill_tokens for item in surplus)
         assert self.surplus_tokens == tokens, (self.worker_id, self.surplus_tokens, tokens)
+        assert self._pace is None or self._pace == self._make_pace(), self.worker_id
         unreported = {item.request_id for item in held if not item.is_reported}
         assert set(self.unreported) == unreported, (self.worker_id, unreported)
 
@@ -226,9 +295,9 @@ class Registry:
         if hello.resume is not None:
             worker = self.workers[hello.resume.worker_id]
             worker.epoch += 1
-            worker.hello = hello
+            worker.joined_with(hello)
             worker.connection_id = event.connection_id
-            worker.heard_at_s, worker.busy_s, worker.load = now_s, 0.0, None
+            worker.heard_at_s, worker.busy_s = now_s, 0.0
             worker.status = "draining" if worker.is_drain_ordered else "live"
             if hello.handoff_address is None:
                 worker.role = "mixed"
@@ -244,6 +313,7 @@ class Registry:
             heard_at_s=now_s,
             role_since_s=now_s,
         )
+        worker.joined_with(hello)
         self.workers[worker.worker_id] = worker
         return worker
 
@@ -319,15 +389,16 @@ class Registry:
                 found.append((worker, reason))
         return found
 
-    def forget_lost(self, now_s: float) -> None:
-        """Drop workers that did not come back."""
+    def forget_lost(self, now_s: float) -> list[Worker]:
+        """Drop the workers that did not come back; gives them."""
         gone = [
-            worker.worker_id
+            worker
             for worker in self.workers.values()
             if worker.status == "lost" and now_s - worker.heard_at_s > self._config.lost_kept_s
         ]
-        for worker_id in gone:
-            del self.workers[worker_id]
+        for worker in gone:
+            del self.workers[worker.worker_id]
+        return gone
 
     def forgive(self, gap_s: float, now_s: float) -> None:
         """Our own loop stood still for `gap_s`: nobody could be heard in that time."""

@@ -3,6 +3,7 @@
 Requests submitted == completed + failed + cancelled + rejected + tracked here.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from controlplane import decisions, domain, protocol
@@ -17,17 +18,22 @@ from controlplane.admission import (
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import Command, Decided, Demotion, Rejected
+from controlplane.ejection import Ejector
 from controlplane.failover import Tracked
 from controlplane.ledger import Account, Ledger, worst_case
 from controlplane.placing import Placer
 from controlplane.planner import Planner
+from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
+from controlplane.replacing import not_started
+from controlplane.router import Route
 
 REFUSALS_FINAL = (
     "too_long",
     "unknown_model",
     "bad_token_ids",
 )  # reasons that waiting does not mend
+SWEEP_S = 1.0  # between two looks for outliers
 NOT_OURS = (
     "contract_rate",
     "contract_budget",
@@ -64,12 +70,22 @@ class Requests:
         self._placer = Placer(config, registry, planner, self.tracked, commands)
         self._room = self._placer.room
         self._book = RetryBook(config)
+        self._ejector = Ejector(config)
+        self._swept_at_s = 0.0
         self.ledger = Ledger()
         self.is_draining = False
 
     @property
+    def prefixes(self) -> PrefixIndex:
+        return self._placer.prefixes
+
+    @property
     def calibration(self) -> TTFTCalibration:
         return self._placer.calibration
+
+    def set_chance(self, uniform: Callable[[], float]) -> None:
+        """Chance for the event in hand."""
+        self._placer.uniform = uniform
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start now."""
@@ -82,7 +98,12 @@ class Requests:
         assert request.request_id not in self.tracked, f"{request.request_id} submitted twice"
         tracked = Tracked(request, "queued", now_s)
         account = self.ledger.account(request)
-        if refused := self._refuse(request) or self._admit(tracked, account, now_s):
+        found: Route | None = None
+        refused = self._refuse(request)
+        if refused is None:
+            found = self._placer.route(tracked, now_s)
+            refused = self._admit(tracked, found, account, now_s)
+        if refused is not None:
             self._decide_rejected(tracked, refused, now_s)
             self._judge(tracked, False, refused.code, now_s)
             return
@@ -92,12 +113,18 @@ class Requests:
             self._num_by_tenant[request.tenant_id] = count + 1
         if account is not None:
             self.ledger.reserve(account, request, tracked.tier, now_s)
+        is_alone = not len(self._room)
         self._room.enter(request, tracked.tier, now_s)
+        if is_alone and found is not None and found.placement is not None and not tracked.demotion:
+            self._placer.start_now(tracked, found, now_s)
+            return
         self._placer.start_waiting(now_s)
         if request.request_id in self._room:
             self._placer.decide_queued(tracked, now_s)
 
-    def _admit(self, tracked: Tracked, account: Account | None, now_s: float) -> Rejected | None:
+    def _admit(
+        self, tracked: Tracked, found: Route, account: Account | None, now_s: float
+    ) -> Rejected | None:
         """Its contract, then the prediction: refused, or `tracked` says why it is surplus."""
         request = tracked.request
         if account is not None:
@@ -111,17 +138,17 @@ class Requests:
             if over is not None:
                 tracked.demotion = Demotion(over.code, over.message)
         is_judged = tracked.demotion is None and not request.slo.is_batch
-        if is_judged and (refused := self._judge_late(tracked, account, now_s)):
+        if is_judged and (refused := self._judge_late(tracked, found, account, now_s)):
             return refused
         return self._room.refuse_queue(request.slo, tracked.tier)
 
     def _judge_late(
-        self, tracked: Tracked, account: Account | None, now_s: float
+        self, tracked: Tracked, found: Route, account: Account | None, now_s: float
     ) -> Rejected | None:
         """The calibrated prediction against the class's targets, before anything is spent. Room
         that was promised to earlier refusals is not there for others."""
         request, slo = tracked.request, tracked.request.slo
-        outlook = self._placer.outlook(tracked, now_s)
+        outlook = self._placer.outlook(found)
         if outlook is None:
             return None  # nobody can take it now: it waits, and is late when it is
         is_promised = self._book.redeem(request.tenant_id, now_s)
@@ -168,7 +195,8 @@ class Requests:
                 f" {self._config.requests_max}",
                 RETRY_S,
             )
-        return refuse_worker(request, self._registry.workers.values())
+        pool = self._placer.pools.pool(request.model_id)
+        return refuse_worker(request, pool, len(self._registry.workers))
 
     def first_token(self, event: domain.FirstToken, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)
@@ -179,7 +207,9 @@ class Requests:
             self._placer.observe_ttft(tracked, now_s)
         tracked.has_first_token = True
         for worker_id in tracked.workers():
-            self._registry.workers[worker_id].first_token(tracked.request_id)
+            worker = self._registry.workers[worker_id]
+            worker.first_token(tracked.request_id)
+            self._ejector.succeeded(worker)
         if tracked.phase == "prefill":
             tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
 
@@ -189,6 +219,8 @@ class Requests:
         tracked = self.tracked.get(event.request_id)
         if tracked is None:
             return
+        if event.status == "failed" and tracked.workers():
+            self._ejector.failed(self._registry.workers[tracked.workers()[-1]])
         self._leave(tracked)
         if event.request_id in self._room:
             self._room.remove(tracked.request)
@@ -204,6 +236,7 @@ class Requests:
         if tracked is None or tracked.epoch != event.epoch or not tracked.workers():
             return
         worker_id = tracked.workers()[-1]
+        self._ejector.failed(self._registry.workers[worker_id])
         tracked.refused_by(worker_id, False, now_s, self._config)
         self.move(tracked, worker_id, f"ids from {worker_id} stopped arriving", now_s)
 
@@ -213,6 +246,7 @@ class Requests:
             worker = self._registry.workers.get(worker_id)
             if worker is None or not worker.release(tracked.request_id):
                 continue
+            self._placer.pools.refile(worker)
             if worker_id != without and worker.status != "lost":
                 self._commands.append(
                     domain.CancelSequence(worker_id, tracked.request_id, tracked.epoch)
@@ -280,6 +314,8 @@ class Requests:
             case protocol.HandoffFailed():
                 why = f"handoff to {worker.worker_id} failed: {message.reason}"
                 if tracked.is_split_open:
+                    if source := self._registry.workers.get(tracked.workers()[0]):
+                        self._ejector.failed(source)
                     tracked.recompute_s = now_s - tracked.phase_at_s
                     self.move(tracked, "", why, now_s)
 
@@ -292,11 +328,8 @@ class Requests:
         tracked.refused_by(worker.worker_id, is_final, now_s, self._config)
         tracked.move_reason = f"{worker.worker_id} refused it: {message.reason}"
         tracked.enter_phase("queued", now_s)
-        serving = [
-            other.worker_id
-            for other in self._registry.workers.values()
-            if other.has_model(tracked.request.model_id)
-        ]
+        pool = self._placer.pools.pool(tracked.request.model_id)
+        serving = list(pool.max_model_len) if pool else []
         if all(tracked.avoid_until_s.get(name) == float("inf") for name in serving):
             code = "prompt_too_long" if message.reason == "too_long" else "model_not_served"
             text = f"every worker refused it, {worker.worker_id} last: {message.reason}"
@@ -313,6 +346,7 @@ class Requests:
             return
         if prefill := self._registry.workers.get(placement.prefill_worker):
             prefill.release(tracked.request_id)
+            self._placer.pools.refile(prefill)
         pair = (placement.prefill_worker, placement.decode_worker)
         if tracked.handoff_ready_at_s is not None:
             # The message may count the wait for the prefill as well. Bytes are those that the
@@ -351,6 +385,48 @@ class Requests:
             tracked = self.tracked[request_id]
             self.move(tracked, worker.worker_id, f"{worker.worker_id} came back without it", now_s)
 
+    def joined(self, worker: Worker, now_s: float) -> None:
+        """A member, or one that is back, with what it still holds."""
+        self._placer.joined(worker)
+        self.reattach(worker, now_s)
+
+    def refile(self, worker: Worker) -> None:
+        """Its status, role or load has changed."""
+        self._placer.pools.refile(worker)
+
+    def forgotten(self, worker: Worker) -> None:
+        self._placer.forgotten(worker)
+        self._ejector.forget(worker.worker_id)
+
+    def balance(self, now_s: float) -> None:
+        """At each tick: who gets no work, and which requests start sooner elsewhere."""
+        workers = self._registry.workers
+        if now_s - self._swept_at_s >= SWEEP_S:
+            self._swept_at_s = now_s
+            models = {model.model_id for item in workers.values() for model in item.hello.models}
+            for model_id in sorted(models):
+                pool = [item for item in workers.values() if item.has_model(model_id)]
+                self._ejector.sweep(pool, now_s)
+        for worker in workers.values():
+            worker.is_out = not worker.is_accepting(now_s, self._config) or (
+                worker.is_ejected(now_s)
+            )
+            self.refile(worker)
+        for waiting in not_started(workers.values(), self.tracked, self._config):
+            found = self._placer.sooner(waiting, now_s)
+            if found is None:
+                continue
+            tracked = waiting.tracked
+            self._leave(tracked)
+            tracked.num_replaced += 1
+            tracked.move_reason = (
+                f"{found.candidates[0].worker_id} starts it in {found.queue_s * 1000.0:.0f} ms,"
+                f" {waiting.worker_id} in {waiting.wait_s * 1000.0:.0f} ms"
+            )
+            tracked.enter_phase("queued", now_s)
+            self._room.enter_moving(tracked.request, now_s)
+            self._placer.start_now(tracked, found, now_s)
+
     def expire(self, now_s: float) -> None:
         """End requests that have waited for longer than their class allows."""
         for request in self._room.overdue(now_s):
@@ -362,6 +438,7 @@ class Requests:
 
     def check_integrity(self) -> None:
         """Conservation laws that hold between any two events."""
+        self._placer.pools.check_integrity(self._registry.workers)
         for worker in self._registry.workers.values():
             worker.check_integrity()
             assert worker.status != "lost" or not worker.reservations, worker.worker_id

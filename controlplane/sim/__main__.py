@@ -2,6 +2,7 @@
 
 python -m controlplane.sim coserve [--sweep]      interactive and batch work on one worker
 python -m controlplane.sim latency                honesty of the latency model
+python -m controlplane.sim router                 cost of a routing decision, in real time
 """
 
 import argparse
@@ -9,7 +10,7 @@ import json
 import sys
 import time
 
-from controlplane.sim import coserve, coverage, kappas
+from controlplane.sim import coserve, coverage, kappas, routerbench
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)
@@ -67,6 +68,10 @@ def run_latency(options: argparse.Namespace) -> dict[str, object]:
     return coverage.audit(scene, kappa, options.seed)
 
 
+def run_router(options: argparse.Namespace) -> dict[str, object]:
+    return routerbench.run(options.blocks, options.decisions, options.repeats, time.perf_counter)
+
+
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m controlplane.sim")
     commands = main.add_subparsers(dest="command", required=True)
@@ -82,12 +87,17 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--itl", type=float, default=0.05, help="target in seconds")
+    router = commands.add_parser("router")
+    router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
+    router.add_argument("--decisions", type=int, default=2_000, help="timed in each repeat")
+    router.add_argument("--repeats", type=int, default=5)
     return main
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    run = {"coserve": run_coserve, "latency": run_latency}[options.command]
+    runs = {"coserve": run_coserve, "latency": run_latency, "router": run_router}
+    run = runs[options.command]
     print(json.dumps(run(options)))
     return 0
 

@@ -18,7 +18,10 @@ TOP = (
 
 
 class Command(BaseCommand):
-    help = "Measure: `coserve` runs interactive and batch work on one worker"
+    help = (
+        "Measure: `coserve` runs interactive and batch work on one worker, `router` times"
+        " placement decisions"
+    )
     requires_system_checks: list[str] = []
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -33,7 +36,15 @@ class Command(BaseCommand):
         coserve.add_argument("--seconds", type=float, default=500.0, help="virtual, of each seed")
         coserve.add_argument("--rate", type=float, default=3.0, help="interactive requests per s")
 
+        router = kinds.add_parser("router", help="cost of a placement decision")
+        router.add_argument("--json", action="store_true")
+        router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
+        router.add_argument("--repeats", type=int, default=5)
+
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["kind"] == "router":
+            self._router(options)
+            return
         arguments = ["coserve"]
         for name in ("seeds", "seconds", "rate"):
             arguments += [f"--{name}", str(options[name])]
@@ -59,3 +70,22 @@ class Command(BaseCommand):
             self.stdout.write(f"\nITL target {target_ms} ms")
             for row in rows:
                 self.stdout.write("  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+
+    def _router(self, options: dict[str, Any]) -> None:
+        arguments = ["router"]
+        for name in ("blocks", "repeats"):
+            arguments += [f"--{name}", str(options[name])]
+        self._show(arguments, options["json"])
+
+    def _show(self, arguments: list[str], is_json: bool) -> None:
+        """The simulator's flat answer, as it is or as a table."""
+        try:
+            answer = simulate(arguments)
+        except SimFailed as error:
+            self.stdout.write(json.dumps({"error": str(error)}))
+            sys.exit(1)
+        if is_json:
+            self.stdout.write(json.dumps(answer))
+            return
+        for name, value in answer.items():
+            self.stdout.write(f"{name:28} {value}")
