@@ -193,6 +193,9 @@ class Fleet:
             report.epoch, report.seq, report.token_ids, self.now_s(), report.finish_reason
         )
         finish_reason = None if was_finished else journal.finish_reason
+        if fresh and live.epoch > 1 and live.progressed_epoch != live.epoch:
+            live.progressed_epoch = live.epoch
+            self.handle(domain.Progressed(live.request_id, live.epoch))
         if fresh or finish_reason is not None:
             self._pass_on(live, worker_id, Tokens(fresh, finish_reason))
         if finish_reason == "error":

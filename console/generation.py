@@ -33,6 +33,7 @@ class LiveRequest:
     journal: Journal
     events: "asyncio.Queue[Tokens | domain.Decided]"
     epoch: int = 0
+    progressed_epoch: int = 0  # the plane knows that this epoch has given an id
     placement: domain.Placement | None = None
     decisions: list[domain.DecisionRecord] = field(default_factory=list)
     cached_tokens: int = 0

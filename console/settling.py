@@ -36,7 +36,11 @@ class Progress:
 def status_of(rejected: domain.Rejected, progress: Progress) -> RequestStatus:
     if rejected.code == "queue_timeout":
         return "expired"
-    if progress.first_at_s is not None or rejected.code in ("retries_exhausted", "worker_error"):
+    if progress.first_at_s is not None or rejected.code in (
+        "retries_exhausted",
+        "worker_error",
+        "poison",
+    ):
         return "failed"
     return "rejected"
 

@@ -45,6 +45,7 @@ class ControlPlaneConfig:
     batch_kv_reserve: float = 0.125  # share of a worker's blocks that batch never takes
     hold_s_min: float = 2.0  # prompts predicted before a new one; more stays in our queue
     moves_max: int = 5  # times that a request may lose its worker
+    strikes_max: int = 4  # workers that may die with a request, when others may be why
     avoid_s: float = 0.25  # after a rejection, doubled each time
     avoid_s_max: float = 4.0
     measure_all_max: int = 32  # workers of one role up to which all are measured for a request

@@ -150,7 +150,7 @@ class Queued:
 class Rejected:
     """`code` is stable: tenant_concurrency, queue_full, no_worker, model_not_served,
     prompt_too_long, queue_timeout, draining, retries_exhausted, contract_rate, contract_budget,
-    contract_concurrency, late, over_commit."""
+    contract_concurrency, late, over_commit, poison."""
 
     code: str
     message: str
@@ -222,6 +222,14 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Progressed:
+    """The first new id of a later epoch is here: what moved goes on."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The gateway has the last token, or gave the request up (`status` cancelled or failed)."""
 
@@ -276,6 +284,7 @@ Event = (
     | WorkerClosed
     | Submit
     | FirstToken
+    | Progressed
     | Finished
     | Stalled
     | RoleOrdered

@@ -22,6 +22,8 @@ class Tracked:
     placement: Placement | None = None
     has_first_token: bool = False
     num_moves: int = 0
+    num_strikes: int = 0  # workers that died with it, since it last made progress
+    is_blamed: bool = False  # the last one had nothing else that could be why
     num_refusals: int = 0
     num_replaced: int = 0  # before it started, to a worker that starts it sooner
     avoid_until_s: dict[str, float] = field(default_factory=dict)

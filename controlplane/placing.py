@@ -59,7 +59,7 @@ class Placer:
                 tracked = self._tracked[request.request_id]
                 found = self.route(tracked, now_s)
                 late = self._late(tracked, found, now_s)
-                if late is not None:  # it waits behind those that can still be in time
+                if late is not None and self.room.can_demote(request):
                     self.demote(tracked, domain.Demotion("late", late))
                     has_changed = True
                 elif found.placement is not None:
@@ -140,8 +140,17 @@ class Placer:
             hits=self.prefixes.matched(request.block_hashes),
             avoid=avoid,
             is_surplus=tracked.tier == "surplus",
+            is_struck=tracked.num_strikes > 0,
             margin=self.calibration.margin,
         )
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        config = self._config
+        return {
+            "prefix blocks": (len(self.prefixes), config.prefix_blocks_max),
+            "transfer pairs": (len(self.rates), config.pairs_max),
+            **self.room.sizes(),
+        }
 
     def joined(self, worker: Worker) -> None:
         """A new member or one that is back."""
@@ -269,7 +278,8 @@ class Placer:
                 is_accepted=is_reported,
                 is_reported=is_reported,
                 is_surplus=tracked.tier == "surplus",
-                is_prefilling=not tracked.has_first_token,
+                is_prefilling=not is_reported,
+                is_struck=tracked.num_strikes > 0 and not (is_reported or request.slo.is_batch),
             )
         )
         self.pools.refile(worker)

@@ -45,11 +45,14 @@ class ControlPlane:
                 self._on_message(event, now_s)
             case domain.WorkerClosed():
                 if worker := self._registry.current(event.worker_id, event.epoch):
-                    self._lose(worker, f"{worker.worker_id} closed its connection", now_s)
+                    why = f"{worker.worker_id} closed its connection"
+                    self._lose(worker, why, now_s, is_crash=True)
             case domain.Submit():
                 self._requests.submit(event.request, now_s)
             case domain.FirstToken():
                 self._requests.first_token(event, now_s)
+            case domain.Progressed():
+                self._requests.progressed(event)
             case domain.Finished():
                 self._requests.finished(event, now_s)
             case domain.Stalled():
@@ -186,7 +189,7 @@ class ControlPlane:
         self._requests.refile(worker)
         self._commands.append(domain.SendDrain(worker.worker_id))
 
-    def _lose(self, worker: Worker, why: str, now_s: float) -> None:
+    def _lose(self, worker: Worker, why: str, now_s: float, is_crash: bool = False) -> None:
         """From here on nothing that this incarnation says counts."""
         worker.status = "lost"
         self._requests.refile(worker)
@@ -194,6 +197,8 @@ class ControlPlane:
             (self._requests.tracked[request_id] for request_id in worker.reservations),
             key=lambda item: (item.request.slo.rank, item.request.arrived_at_s, item.request_id),
         )
+        if is_crash:
+            self._requests.strike(worker)
         for tracked in held:
             self._requests.move(tracked, worker.worker_id, why, now_s)
         worker.left()
@@ -216,6 +221,15 @@ class ControlPlane:
         flip = self._planner.plan(now_s, list(self._registry.workers.values()))
         if flip is not None:
             self._change_role(flip.worker, flip.role, "planner", flip.reason, now_s)
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Everything that is bounded: how large it is and may be."""
+        config = self._config
+        return {
+            "workers": (len(self._registry.workers), config.workers_max),
+            "plans": (len(self._plans), config.plans_max),
+            **self._requests.sizes(),
+        }
 
     def check_integrity(self) -> None:
         """Conservation laws that hold between any two events; for tests and simulation."""

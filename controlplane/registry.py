@@ -39,6 +39,7 @@ class Reservation:
     is_reported: bool = False
     is_surplus: bool = False
     is_prefilling: bool = True  # until its first output id
+    is_struck: bool = False  # a worker died with it: alone of its kind here until it goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class Worker:
     num_online_decoding: int = 0  # of them, those that decode here, or will
     num_batch: int = 0
     online_context_tokens: int = 0  # prompts of the online sequences that decode here
+    num_struck: int = 0
+    num_unproven: int = 0  # without an id from here yet
     ejected_until_s: float = 0.0
     eject_reason: str = ""
     is_out: bool = False  # suspect or ejected at the last tick
@@ -136,6 +139,8 @@ class Worker:
         return True
 
     def _count(self, reservation: Reservation, sign: int) -> None:
+        self.num_struck += sign * reservation.is_struck
+        self.num_unproven += sign * reservation.is_prefilling
         if reservation.is_batch:
             self.num_batch += sign
         else:
@@ -156,9 +161,13 @@ class Worker:
         self._pace = None
         reservation = self.reservations.get(request_id)
         if reservation is not None and reservation.is_prefilling:
-            if reservation.is_surplus:
+            if reservation.is_surplus and not reservation.is_batch:
                 self.surplus_tokens -= reservation.prefill_tokens
             reservation.is_prefilling = False
+            self.num_unproven -= 1
+        if reservation is not None and reservation.is_struck:
+            self.num_struck -= 1
+            reservation.is_struck = False
 
     def report(self, load: protocol.WorkerLoad) -> None:
         """Take the worker's own numbers; what it had accepted before is part of them.
@@ -251,6 +260,8 @@ class Worker:
         surplus = [item for item in online if item.is_surplus and item.is_prefilling]
         tokens = sum(item.prefill_tokens for item in surplus)
         assert self.surplus_tokens == tokens, (self.worker_id, self.surplus_tokens, tokens)
+        assert self.num_unproven == sum(item.is_prefilling for item in held), self.worker_id
+        assert self.num_struck == sum(item.is_struck for item in held), self.worker_id
         assert self._pace is None or self._pace == self._make_pace(), self.worker_id
         unreported = {item.request_id for item in held if not item.is_reported}
         assert set(self.unreported) == unreported, (self.worker_id, unreported)

@@ -91,6 +91,13 @@ class Requests:
         """Start whatever can start now."""
         self._placer.start_waiting(now_s)
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {
+            "requests": (len(self.tracked), self._config.requests_max),
+            "promises": (len(self._book), self._config.promises_max),
+            **self._placer.sizes(),
+        }
+
     def waiting_by_class(self) -> tuple[tuple[str, int], ...]:
         return self._room.counts()
 
@@ -206,12 +213,34 @@ class Requests:
             tracked.ttft_s = event.ttft_s
             self._placer.observe_ttft(tracked, now_s)
         tracked.has_first_token = True
+        tracked.num_strikes = 0
         for worker_id in tracked.workers():
             worker = self._registry.workers[worker_id]
             worker.first_token(tracked.request_id)
             self._ejector.succeeded(worker)
         if tracked.phase == "prefill":
             tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
+
+    def progressed(self, event: domain.Progressed) -> None:
+        tracked = self.tracked.get(event.request_id)
+        if tracked is None or tracked.epoch != event.epoch:
+            return
+        tracked.num_strikes = 0
+        for worker_id in tracked.workers():
+            self._registry.workers[worker_id].first_token(tracked.request_id)
+
+    def strike(self, worker: Worker) -> None:
+        """The worker died. Each request that it had given no id of yet may be why: from now on it
+        is tried alone until it goes on, so that a second death points at one request.
+
+        A poison request costs two workers; one that kills while it decodes costs one more, since
+        it is no suspect before it has been moved. Batch is tried where nothing else starts, but
+        others may join it: it must keep no interactive request waiting."""
+        unproven = [key for key, held in worker.reservations.items() if held.is_prefilling]
+        for request_id in unproven:
+            tracked = self.tracked[request_id]
+            tracked.num_strikes += 1
+            tracked.is_blamed = tracked.num_strikes > 1 and len(unproven) == 1
 
     def finished(self, event: domain.Finished, now_s: float) -> None:
         """Cancelling is free where nothing runs any more, and a stop string ends a sequence that
@@ -263,6 +292,10 @@ class Requests:
         tracked.num_moves += 1
         tracked.handoff_ready_at_s = None
         tracked.enter_phase("orphaned", now_s)
+        if tracked.is_blamed or tracked.num_strikes >= self._config.strikes_max:
+            text = f"{tracked.num_strikes} workers died with it before it went on; {why}"
+            self._reject(tracked, Rejected("poison", text, None), now_s)
+            return
         if tracked.num_moves > self._config.moves_max:
             text = f"lost its worker {tracked.num_moves} times, at most {self._config.moves_max}"
             self._reject(tracked, Rejected("retries_exhausted", f"{text}; {why}", None), now_s)
@@ -314,8 +347,11 @@ class Requests:
             case protocol.HandoffFailed():
                 why = f"handoff to {worker.worker_id} failed: {message.reason}"
                 if tracked.is_split_open:
-                    if source := self._registry.workers.get(tracked.workers()[0]):
+                    source = self._registry.workers.get(tracked.workers()[0])
+                    if source is not None:
                         self._ejector.failed(source)
+                    if message.reason == "unreachable" and not tracked.has_first_token:
+                        tracked.num_strikes += 1  # it may have died of it; the news is on its way
                     tracked.recompute_s = now_s - tracked.phase_at_s
                     self.move(tracked, "", why, now_s)
 

@@ -29,6 +29,7 @@ class Ask:
     hits: Mapping[str, Hit]  # leading prefix blocks by worker, of the index's block size
     avoid: frozenset[str]  # workers that have just refused it
     is_surplus: bool = False
+    is_struck: bool = False
     margin: Callable[[Bucket], float] = lambda bucket: 1.0  # of a TTFT's p99 over its mean
 
     def cached_tokens(self, worker: Worker, config: ControlPlaneConfig) -> tuple[int, int]:
@@ -77,6 +78,8 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
         return f"nothing heard for {silent_s:.1f} s, in one step for {worker.busy_s:.1f} s"
     if worker.is_ejected(ask.now_s):
         return f"ejected for another {worker.ejected_until_s - ask.now_s:.0f} s"
+    if worker.num_struck or (ask.is_struck and worker.num_unproven):
+        return "a request that may have killed a worker is tried alone"
     if worker.worker_id in ask.avoid:
         return "refused this request a moment ago"
     total = request.prompt_tokens + request.output_tokens_max

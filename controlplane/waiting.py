@@ -50,10 +50,16 @@ class WaitingRoom:
         self._line_of[request.request_id] = line
         self._since_s[request.request_id] = now_s
 
+    def can_demote(self, request: GenerateRequest) -> bool:
+        """The surplus queue of its class has room; else it stays where it is, late as it is."""
+        queue = self._queues.get(_line(request.slo, "surplus"))
+        return request.request_id not in self._moving and (
+            queue is None or len(queue) < self.config.queue_max
+        )
+
     def demote(self, request: GenerateRequest) -> None:
         """From now on it waits in the surplus tier; its time limit goes on."""
-        if request.request_id in self._moving:
-            return
+        assert self.can_demote(request), request
         self._queue(request).remove(request.request_id)
         line = _line(request.slo, "surplus")
         self._queues.setdefault(line, FairQueue(self.config.tenants_max)).push(request)
@@ -120,6 +126,18 @@ class WaitingRoom:
         for queue in self._queues.values():
             waiting += queue.requests()
         return waiting
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Online queues; demoted requests of a full queue may join a full surplus queue."""
+        limit = self.config.queue_max
+        return {
+            f"queue {name}{' surplus' if is_surplus else ''}": (
+                len(queue),
+                limit * (1 + is_surplus),
+            )
+            for (is_surplus, rank, name), queue in self._queues.items()
+            if not queue.is_batch
+        }
 
     def counts(self) -> tuple[tuple[str, int], ...]:
         """Requests waiting for a first start, by class in order of rank, both tiers together."""
