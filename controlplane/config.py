@@ -58,6 +58,7 @@ class ControlPlaneConfig:
     replace_gain: float = 0.8  # a request not yet started moves when it starts within this share
     replaces_max: int = 2
     replace_scan: int = 16  # requests looked at in one tick
+    left_s_max: float = 5.0  # a worker that dies so soon after it was left may have died of it
     replace_s_min: float = 0.2  # of predicted wait, below which nothing moves
     failures_max: int = 5  # in a row, until a worker is ejected
     slow_factor: float = 3.0

@@ -23,6 +23,8 @@ class Tracked:
     has_first_token: bool = False
     num_moves: int = 0
     num_strikes: int = 0  # workers that died with it, since it last made progress
+    left_worker: str = ""  # it was moved away from before it started, as far as we know
+    left_at_s: float = 0.0
     is_blamed: bool = False  # the last one had nothing else that could be why
     num_refusals: int = 0
     num_replaced: int = 0  # before it started, to a worker that starts it sooner

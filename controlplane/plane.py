@@ -198,7 +198,7 @@ class ControlPlane:
             key=lambda item: (item.request.slo.rank, item.request.arrived_at_s, item.request_id),
         )
         if is_crash:
-            self._requests.strike(worker)
+            self._requests.strike(worker, now_s)
         for tracked in held:
             self._requests.move(tracked, worker.worker_id, why, now_s)
         worker.left()

@@ -229,7 +229,7 @@ class Requests:
         for worker_id in tracked.workers():
             self._registry.workers[worker_id].first_token(tracked.request_id)
 
-    def strike(self, worker: Worker) -> None:
+    def strike(self, worker: Worker, now_s: float) -> None:
         """The worker died. Each request that it had given no id of yet may be why: from now on it
         is tried alone until it goes on, so that a second death points at one request.
 
@@ -241,6 +241,11 @@ class Requests:
             tracked = self.tracked[request_id]
             tracked.num_strikes += 1
             tracked.is_blamed = tracked.num_strikes > 1 and len(unproven) == 1
+        for tracked in self.tracked.values():  # our cancellation may have come too late
+            is_recent = now_s - tracked.left_at_s <= self._config.left_s_max
+            if tracked.left_worker == worker.worker_id and is_recent:
+                tracked.num_strikes += not tracked.has_first_token
+                tracked.left_worker = ""
 
     def finished(self, event: domain.Finished, now_s: float) -> None:
         """Cancelling is free where nothing runs any more, and a stop string ends a sequence that
@@ -454,6 +459,7 @@ class Requests:
                 continue
             tracked = waiting.tracked
             self._leave(tracked)
+            tracked.left_worker, tracked.left_at_s = waiting.worker_id, now_s
             tracked.num_replaced += 1
             tracked.move_reason = (
                 f"{found.candidates[0].worker_id} starts it in {found.queue_s * 1000.0:.0f} ms,"
