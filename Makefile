@@ -1,6 +1,6 @@
 # Slackwater. `make` lists the targets; `make demo` is the way to see it work.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-info test test-all lint clean clean-demo
+.PHONY: help setup demo demo-info test test-all sim-test lint clean clean-demo
 
 VENV := .venv/bin
 # The demo's database, logs and key; a database named in the shell is not touched.
@@ -40,6 +40,9 @@ test: setup  ## the suite, at most 10 minutes on 2 cores
 
 test-all: test  ## the same, then services, kills and long tests, at most 45 minutes
 	$(VENV)/python -m pytest -m "($(REST)) and not gpu"
+
+sim-test: setup  ## 2,000 simulated clusters under faults, at most 12 minutes on 2 cores
+	PYTHONHASHSEED=0 $(VENV)/python -m controlplane.sim swarm --seeds 2000 --processes 2
 
 lint: setup  ## ruff and mypy
 	$(VENV)/ruff check .

@@ -3,13 +3,16 @@
 from typing import Any
 
 from django.contrib import admin, messages
+from django.forms import ModelForm
 from django.http import HttpRequest
 
+from console import contracts, state
 from console.auth import OPERATOR_PREFIX, TENANT_PREFIX, mint_key
 from console.models import (
     ApiKey,
     ApiToken,
     Batch,
+    ContractRow,
     File,
     Model,
     PlanRecord,
@@ -19,6 +22,7 @@ from console.models import (
     Tenant,
     Worker,
 )
+from controlplane.contracts import Preview
 
 admin.site.site_header = "Slackwater"
 admin.site.site_title = "Slackwater"
@@ -111,6 +115,45 @@ class QuotaAdmin(admin.ModelAdmin):
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return ["tenant"] if obj else []
+
+
+class ContractForm(ModelForm):
+    """Refuses what the live workers could not keep; says with numbers why."""
+
+    preview: tuple[Preview, ...] = ()
+
+    def _post_clean(self) -> None:
+        """Here the instance has its new values and its own rules have been checked."""
+        super()._post_clean()
+        current = state.get()
+        if current is None or self.errors:
+            return
+        wanted = contracts.changed(self.instance, current.snapshot.current)
+
+        async def preview() -> tuple[Preview, ...]:
+            return current.fleet.preview(wanted)
+
+        self.preview = current.call(preview)
+        for item in self.preview:
+            if item.refusal is not None and item.capacity is not None:
+                self.add_error(None, item.refusal.message)
+
+
+@admin.register(ContractRow)
+class ContractAdmin(admin.ModelAdmin):
+    form = ContractForm
+    list_display = ["tenant", "model", "slo_class", "requests_per_min", "tokens_per_min"]
+    list_filter = ["slo_class"]
+    list_select_related = ["tenant", "model", "slo_class"]
+    search_fields = ["tenant__slug", "model__model_id"]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return ["tenant", "model", "slo_class"] if obj else []
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        for item in form.preview:
+            self.message_user(request, contracts.effect_text(item))
 
 
 @admin.register(SLOClassRow)

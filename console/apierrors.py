@@ -62,17 +62,22 @@ def model_not_found(model_id: str) -> ApiError:
 # The tenant's own limit is 429; what the cluster lacks is 503, or 504 after a wait.
 _REJECTIONS = {
     "tenant_concurrency": (429, "rate_limit_exceeded"),
+    "contract_rate": (429, "rate_limit_exceeded"),
+    "contract_concurrency": (429, "rate_limit_exceeded"),
+    "contract_budget": (429, "insufficient_quota"),
+    "late": (503, "overloaded"),
     "queue_full": (503, "overloaded"),
     "no_worker": (503, "overloaded"),
     "model_not_served": (503, "overloaded"),
     "retries_exhausted": (503, "overloaded"),
+    "poison": (500, "worker_error"),
     "draining": (503, "draining"),
     "queue_timeout": (504, "deadline_exceeded"),
     "worker_error": (500, "worker_error"),
 }
 
 # A request that several workers died of, or that one failed on, must not be sent by itself again.
-_NOT_AGAIN = ("retries_exhausted", "worker_error")
+_NOT_AGAIN = ("retries_exhausted", "worker_error", "poison")
 
 
 def of_rejection(rejected: Rejected, service_tier: str) -> ApiError:

@@ -8,9 +8,11 @@ journal, so that the gateway sees each output id once and in order, whichever wo
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from console import jointokens
 from console.fleetrecords import FleetRecords
@@ -20,6 +22,8 @@ from console.metrics import Metrics
 from console.transport import CLOSE_POLICY, WorkerLink
 from console.writer import FactWriter
 from controlplane import domain, protocol
+from controlplane.contracts import Preview
+from controlplane.ledger import AccountView
 from controlplane.plane import ControlPlane
 
 logger = logging.getLogger(__name__)
@@ -74,6 +78,14 @@ class Fleet:
     def view(self) -> domain.ClusterView:
         """What pages show of the plane now."""
         return self._plane.view(self.now_s())
+
+    def accounts(self) -> tuple[AccountView, ...]:
+        """Contracts and where they stand, for pages and metrics."""
+        return self._plane.accounts(self.now_s())
+
+    def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
+        """What these contracts would commit; nothing changes."""
+        return self._plane.preview(contracts)
 
     def mint_join_token(self, name: str) -> str:
         """A token for one Hello of a worker."""
@@ -167,7 +179,7 @@ class Fleet:
         self._held.pop(request_id, None)
         self._gaps.discard(request_id)
         self._resent_at_s.pop(request_id, None)
-        self.handle(domain.Finished(request_id, status, len(live.journal.ids)))
+        self.handle(domain.Finished(request_id, status, live.delivered_tokens, live.itl_s_p99))
 
     def _deliver(self, worker_id: str, report: protocol.SequenceReport) -> None:
         live = self.requests.get(report.request_id)
@@ -181,6 +193,9 @@ class Fleet:
             report.epoch, report.seq, report.token_ids, self.now_s(), report.finish_reason
         )
         finish_reason = None if was_finished else journal.finish_reason
+        if fresh and live.epoch > 1 and live.progressed_epoch != live.epoch:
+            live.progressed_epoch = live.epoch
+            self.handle(domain.Progressed(live.request_id, live.epoch))
         if fresh or finish_reason is not None:
             self._pass_on(live, worker_id, Tokens(fresh, finish_reason))
         if finish_reason == "error":
@@ -302,6 +317,9 @@ class Fleet:
         if live is None:
             return
         live.journal.move(command.epoch)
+        targets = live.targets
+        if command.tier == "surplus":  # late from the start: behind all that may be in time
+            targets = msgspec.structs.replace(targets, ttft_s_left=0.0)
         self._send(
             command.worker_id,
             protocol.Assign(
@@ -312,7 +330,7 @@ class Fleet:
                 prompt_ids=live.prompt_ids,
                 delivered=list(live.journal.ids),
                 sampling=live.sampling,
-                targets=live.targets,
+                targets=targets,
                 salt=live.salt,
                 handoff_out=command.handoff_out,
                 handoff_in=command.handoff_in,

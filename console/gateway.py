@@ -97,7 +97,7 @@ class Gateway:
                     delta = self._delta(spec, live, progress, text, token_ids, end)
                     if delta.finish_reason is not None:
                         is_settled = True
-                        self._fleet.finished(live, "completed")
+                        self._finish(live, progress, "completed")
                         self._settle(spec, live, progress, "completed", delta.finish_reason)
                         yield delta
                         return
@@ -108,7 +108,7 @@ class Gateway:
                     )
                 if rejected is not None:
                     is_settled = True
-                    self._fleet.finished(live, "failed")
+                    self._finish(live, progress, "failed")
                     status = status_of(rejected, progress)
                     self._settle(spec, live, progress, status, "", rejected.code)
                     yield Refusal(rejected)
@@ -118,8 +118,13 @@ class Gateway:
             raise
         finally:
             if not is_settled:
-                self._fleet.finished(live, abandoned)
+                self._finish(live, progress, abandoned)
                 self._settle(spec, live, progress, abandoned)
+
+    def _finish(self, live: LiveRequest, progress: Progress, status: str) -> None:
+        live.delivered_tokens = progress.output_tokens
+        live.itl_s_p99 = progress.itl_s_p99
+        self._fleet.finished(live, status)
 
     async def _next(
         self, live: LiveRequest, progress: Progress

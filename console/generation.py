@@ -23,7 +23,7 @@ class LiveRequest:
     """A running request: what the fleet needs to dispatch it, and where its events go.
 
     The fleet writes everything below `events`, the gateway reads it when it settles; both live on
-    the event loop."""
+    the event loop. The gateway writes what it delivered before it calls `finished`."""
 
     request: domain.GenerateRequest
     prompt_ids: list[int]
@@ -33,6 +33,7 @@ class LiveRequest:
     journal: Journal
     events: "asyncio.Queue[Tokens | domain.Decided]"
     epoch: int = 0
+    progressed_epoch: int = 0  # the plane knows that this epoch has given an id
     placement: domain.Placement | None = None
     decisions: list[domain.DecisionRecord] = field(default_factory=list)
     cached_tokens: int = 0
@@ -40,6 +41,8 @@ class LiveRequest:
     handoff_bytes: int = 0
     handoff_ms: float = 0.0
     handoff_recomputed_tokens: int = 0
+    delivered_tokens: int = 0
+    itl_s_p99: float = 0.0
 
     @property
     def request_id(self) -> str:

@@ -26,11 +26,21 @@ class Progress:
     gaps_s: list[float] = field(default_factory=list)  # at most output_tokens_max
     output_tokens: int = 0
 
+    @property
+    def itl_s_p99(self) -> float:
+        """Of the gaps so far; 0 without any."""
+        gaps_s = sorted(self.gaps_s)
+        return gaps_s[math.ceil(0.99 * len(gaps_s)) - 1] if gaps_s else 0.0
+
 
 def status_of(rejected: domain.Rejected, progress: Progress) -> RequestStatus:
     if rejected.code == "queue_timeout":
         return "expired"
-    if progress.first_at_s is not None or rejected.code in ("retries_exhausted", "worker_error"):
+    if progress.first_at_s is not None or rejected.code in (
+        "retries_exhausted",
+        "worker_error",
+        "poison",
+    ):
         return "failed"
     return "rejected"
 
@@ -46,7 +56,7 @@ def fact_of(
 ) -> RequestFact:
     placement, first_at_s = live.placement, progress.first_at_s
     start_s, placed_at_s = progress.arrived_at_s, progress.placed_at_s
-    gaps_s = sorted(progress.gaps_s)
+    gaps_s = progress.gaps_s
     decisions = live.decisions
     if len(decisions) > DECISIONS_MAX:
         decisions = [decisions[0], *decisions[1 - DECISIONS_MAX :]]
@@ -69,7 +79,7 @@ def fact_of(
         arrived_at=progress.arrived_at,
         queue_ms=None if placed_at_s is None else (placed_at_s - start_s) * 1000,
         ttft_ms=None if first_at_s is None else (first_at_s - start_s) * 1000,
-        itl_ms_p99=gaps_s[math.ceil(0.99 * len(gaps_s)) - 1] * 1000 if gaps_s else None,
+        itl_ms_p99=progress.itl_s_p99 * 1000 if gaps_s else None,
         itl_ms_mean=sum(gaps_s) / len(gaps_s) * 1000 if gaps_s else None,
         e2e_ms=(now_s - start_s) * 1000,
         split="" if placement is None else placement.split,

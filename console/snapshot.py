@@ -19,14 +19,14 @@ from django.conf import settings
 from django.db import DatabaseError, close_old_connections, connections
 from django.db.models import Count, Max
 
-from console.models import ApiKey, Model, Quota, SLOClassRow, Tenant
+from console.models import ApiKey, ContractRow, Model, Quota, SLOClassRow, Tenant
 from console.models.tenants import CONCURRENCY_DEFAULT
-from controlplane.domain import SLOClass
+from controlplane.domain import Contract, SLOClass
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-_TABLES: tuple[type[Any], ...] = (Tenant, ApiKey, Quota, Model, SLOClassRow)
+_TABLES: tuple[type[Any], ...] = (Tenant, ApiKey, Quota, Model, SLOClassRow, ContractRow)
 
 Version = tuple[tuple[int, datetime | None], ...]
 
@@ -83,6 +83,7 @@ class Snapshot:
     keys: Mapping[str, KeyFacts]
     models: Mapping[str, ModelFacts]
     classes: Mapping[str, ClassFacts]
+    contracts: tuple[Contract, ...] = ()  # without a budget period: console.contracts names it
 
     @classmethod
     def load(cls) -> "Snapshot":
@@ -106,6 +107,12 @@ class Snapshot:
                 row.name: ClassFacts(row.as_domain(), row.service_tier, row.price_factor, row.note)
                 for row in SLOClassRow.objects.all()
             },
+            contracts=tuple(
+                row.as_domain("")
+                for row in ContractRow.objects.filter(tenant__is_active=True).select_related(
+                    "tenant", "model", "slo_class"
+                )
+            ),
         )
 
     def class_of_tier(self, service_tier: str) -> ClassFacts | None:

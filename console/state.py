@@ -8,9 +8,11 @@ pages, other commands) `get()` is None and pages show their empty states.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from console.batches import BatchFeeder
+from console.contracts import ContractFeed
 from console.fleet import Fleet
 from console.gateway import Gateway
 from console.live import LiveStats
@@ -40,6 +42,7 @@ class ServerState:
     port: int
     profile: str  # local or public
     started_at_s: float  # on the fleet's clock
+    contracts: ContractFeed = field(default_factory=ContractFeed)
     draining: bool = False
     tick_at_s: float | None = None  # last turn of the control loop, on the fleet's clock
     database_failed_at_s: float | None = None  # when the snapshot was last not renewed
@@ -48,7 +51,10 @@ class ServerState:
     page_sockets: set[Callable[[Any], Awaitable[None]]] = field(default_factory=set)
 
     def note_tick(self) -> None:
-        """The control loop has turned; what `/readyz` is told of it and of the database."""
+        """The control loop has turned: contracts that changed are in force; what `/readyz` is told
+        of the loop and of the database."""
+        if event := self.contracts.next(self.snapshot.current, datetime.now(UTC)):
+            self.fleet.handle(event)
         self.tick_at_s = self.fleet.now_s()
         if self.snapshot.num_failures > self.num_database_failures:
             self.num_database_failures = self.snapshot.num_failures

@@ -1,148 +1,137 @@
-"""The waiting room: who may enter, who is next, and who has waited too long.
+"""Decides before any prefill: guaranteed, surplus, or refused with a time at which it would work.
 
-Requests that have lost their worker go before all that have not started; then classes by rank, fair
-over tenants inside a class; batch lines come last.
+Only online work counts: batch rows give way, so batch never causes a refusal. What was admitted as
+feasible is never rejected for its lateness afterwards; a forecast that fails demotes it.
+Source: algorithms.md 2c.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import GenerateRequest, Rejected, SLOClass
-from controlplane.fairqueue import FairQueue
-from controlplane.registry import Worker
+from controlplane.pools import Pool
 
 RETRY_S = 1.0  # a tenant's own requests end at this pace at best
 NO_WORKER_RETRY_S = 5.0  # a worker process starts in about this time
 DRAINING_RETRY_S = 5.0
 
 
-def refuse_worker(request: GenerateRequest, workers: Iterable[Worker]) -> Rejected | None:
+def refuse_worker(request: GenerateRequest, pool: Pool | None, num_workers: int) -> Rejected | None:
     """No member could ever run it. Lost members may come back, so they count."""
-    known = list(workers)
-    serving = [worker for worker in known if worker.has_model(request.model_id)]
-    if not serving:
+    if pool is None:
         if request.slo.is_batch:  # its deadline is hours away: it waits for a worker
             return None
-        if not known:
+        if not num_workers:
             return Rejected("no_worker", "no worker has joined", NO_WORKER_RETRY_S)
         return Rejected("model_not_served", f"no worker serves {request.model_id}", None)
     prompt, total = request.prompt_tokens, request.prompt_tokens + request.output_tokens_max
-    model_tokens = max(worker.model(request.model_id).max_model_len for worker in serving)
-    if total > model_tokens:
+    if total > pool.model_tokens_max:
         text = f"prompt of {prompt} and output of {request.output_tokens_max} tokens, at most"
-        return Rejected("prompt_too_long", f"{text} {model_tokens} together", None)
-    kv_tokens = max(worker.hello.num_blocks * worker.hello.block_tokens for worker in serving)
-    if total - 1 > kv_tokens:
-        text = f"prompt and output of {total} tokens, KV for {kv_tokens} on the largest worker"
-        return Rejected("prompt_too_long", text, None)
+        return Rejected("prompt_too_long", f"{text} {pool.model_tokens_max} together", None)
+    if total - 1 > pool.kv_tokens_max:
+        text = f"prompt and output of {total} tokens, KV for {pool.kv_tokens_max} on the largest"
+        return Rejected("prompt_too_long", f"{text} worker", None)
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the best worker would give the request now, batch removed. Seconds from now."""
+
+    worker_id: str
+    ttft_s: float  # mean prediction
+    ttft_s_p99: float  # calibrated
+    itl_s: float  # of a step after it has joined
+    work_s: float  # prefill seconds that it adds
+    num_workers: int  # that could compute its prompt
+
+
+def late_by_s(outlook: Outlook, slo: SLOClass, waited_s: float, margin: float) -> float:
+    """Seconds by which the calibrated prediction misses the TTFT target less its margin."""
+    return waited_s + outlook.ttft_s_p99 - (1.0 - margin) * slo.ttft_s_p99
+
+
+def late_text(outlook: Outlook, slo: SLOClass, waited_s: float, promised_s: float) -> str:
+    """The numbers that decided, in one sentence."""
+    text = (
+        f"predicted TTFT p99 {(waited_s + outlook.ttft_s_p99 + promised_s) * 1000.0:.0f} ms on"
+        f" {outlook.worker_id}, target {slo.ttft_s_p99 * 1000.0:.0f} ms; step"
+        f" {outlook.itl_s * 1000.0:.0f} ms, target {slo.itl_s_p99 * 1000.0:.0f} ms"
+    )
+    if promised_s > 0.0:
+        text += f"; {promised_s * 1000.0:.0f} ms are promised to earlier refusals"
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    due_at_s: float
+    tenant_id: str
+    work_s: float
+
+
 @dataclass(slots=True)
-class WaitingRoom:
-    """Bounded queues per class, and the requests that move between workers."""
+class RetryBook:
+    """Room promised to those who were refused: each is told a time of its own, and until then the
+    work of earlier promises counts as if it were queued. Bounded; kept in order of due time.
+
+    Retries cannot be recognised, so any request of the same tenant redeems its first due promise.
+    """
 
     config: ControlPlaneConfig
-    _queues: dict[str, FairQueue] = field(default_factory=dict)
-    _classes: dict[str, SLOClass] = field(default_factory=dict)
-    _moving: OrderedDict[str, GenerateRequest] = field(default_factory=OrderedDict)
-    _since_s: dict[str, float] = field(default_factory=dict)
+    _promises: deque[_Promise] = field(default_factory=deque)
+    _num_by_tenant: Counter[str] = field(default_factory=Counter)
+    _work_s: float = 0.0
+    _booked_at_s: float = 0.0  # before this all that may be promised is
 
     def __len__(self) -> int:
-        return len(self._since_s)
+        return len(self._promises)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._since_s
+    def _expire(self, now_s: float) -> None:
+        while self._promises and self._promises[0].due_at_s < now_s - self.config.retry_grace_s:
+            self._drop(self._promises.popleft())
 
-    def refuse_queue(self, slo: SLOClass) -> Rejected | None:
-        """The class already has as many waiting as it may; batch is bounded by its feeder."""
-        queue = self._queues.get(slo.name)
-        if slo.is_batch or queue is None or len(queue) < self.config.queue_max:
-            return None
-        return Rejected(
-            "queue_full",
-            f"{len(queue)} requests of class {slo.name} are waiting, at most"
-            f" {self.config.queue_max}",
-            RETRY_S,
-        )
+    def _drop(self, promise: _Promise) -> None:
+        self._work_s = self._work_s - promise.work_s if self._promises else 0.0
+        self._num_by_tenant[promise.tenant_id] -= 1
+        if not self._num_by_tenant[promise.tenant_id]:
+            del self._num_by_tenant[promise.tenant_id]
 
-    def enter(self, request: GenerateRequest, now_s: float) -> None:
-        slo = request.slo
-        self._classes[slo.name] = slo
-        queue = self._queues.setdefault(slo.name, FairQueue(self.config.tenants_max))
-        queue.push(request)
-        self._since_s[request.request_id] = now_s
+    def promise(
+        self, tenant_id: str, wait_s: float, work_s: float, num_workers: int, now_s: float
+    ) -> float:
+        """Seconds until a retry, at least wait_s. A full book gives its end without a promise."""
+        self._expire(now_s)
+        due_at_s = max(now_s + wait_s, self._booked_at_s)
+        if len(self._promises) < self.config.promises_max:
+            share = max(1, num_workers) * self.config.retry_share
+            self._booked_at_s = due_at_s + work_s / share
+            self._promises.append(_Promise(due_at_s, tenant_id, work_s))
+            self._num_by_tenant[tenant_id] += 1
+            self._work_s += work_s
+        return due_at_s - now_s
 
-    def enter_moving(self, request: GenerateRequest, now_s: float) -> None:
-        """It had a worker before: it goes on before anything new starts."""
-        assert request.request_id not in self._since_s, request.request_id
-        self._moving[request.request_id] = request
-        self._since_s[request.request_id] = now_s
+    def redeem(self, tenant_id: str, now_s: float) -> bool:
+        """Does this tenant hold a promise that is due? It is used up by asking."""
+        self._expire(now_s)
+        if tenant_id not in self._num_by_tenant:
+            return False
+        for index, promise in enumerate(self._promises):
+            if promise.due_at_s > now_s:
+                return False
+            if promise.tenant_id == tenant_id:
+                del self._promises[index]
+                self._drop(promise)
+                return True
+        return False
 
-    def next_up(self) -> list[GenerateRequest]:
-        """Requests to try now, in order; at most scan_max of each queue."""
-        limit = self.config.scan_max
-        moving = sorted(
-            self._moving.values(),
-            key=lambda request: (request.slo.rank, request.arrived_at_s, request.request_id),
-        )
-        heads = [head for head in moving if not head.slo.is_batch][:limit]
-        for name in sorted(self._queues, key=lambda name: (self._classes[name].rank, name)):
-            if not self._classes[name].is_batch:
-                heads += self._queues[name].heads(limit)
-        heads += [head for head in moving if head.slo.is_batch][:limit]
-        for name in sorted(self._queues):
-            if self._classes[name].is_batch:
-                heads += self._queues[name].heads(limit)
-        return heads
-
-    def take(self, request: GenerateRequest) -> None:
-        """The request starts."""
-        del self._since_s[request.request_id]
-        if self._moving.pop(request.request_id, None) is None:
-            self._queue(request).take(request.request_id)
-
-    def remove(self, request: GenerateRequest) -> None:
-        """The request ends without (another) start."""
-        del self._since_s[request.request_id]
-        if self._moving.pop(request.request_id, None) is None:
-            self._queue(request).remove(request.request_id)
-
-    def _queue(self, request: GenerateRequest) -> FairQueue:
-        return self._queues[request.slo.name]
-
-    def position(self, request: GenerateRequest) -> int:
-        if request.request_id in self._moving:
-            return list(self._moving).index(request.request_id) + 1
-        return len(self._moving) + self._queue(request).position(request.request_id)
-
-    def waited_s(self, request_id: str, now_s: float) -> float:
-        return now_s - self._since_s[request_id]
-
-    def overdue(self, now_s: float) -> list[GenerateRequest]:
-        """Requests that have waited longer than their class allows."""
-        late = [
-            request
-            for request in self._all()
-            if self.waited_s(request.request_id, now_s) > _wait_s_max(request.slo)
-        ]
-        return sorted(late, key=lambda request: request.request_id)
-
-    def _all(self) -> list[GenerateRequest]:
-        waiting = list(self._moving.values())
-        for queue in self._queues.values():
-            waiting += queue.requests()
-        return waiting
-
-    def counts(self) -> tuple[tuple[str, int], ...]:
-        """Requests waiting for a first start, by class in order of rank."""
-        names = sorted(self._queues, key=lambda name: (self._classes[name].rank, name))
-        return tuple((name, len(self._queues[name])) for name in names)
-
-
-def _wait_s_max(slo: SLOClass) -> float:
-    if slo.is_batch and slo.deadline_s is not None:
-        return slo.deadline_s
-    return slo.queue_s_max
+    def ahead_s(self, horizon_s: float, num_workers: int, now_s: float) -> float:
+        """Prefill seconds per worker that are promised for between now and the horizon."""
+        self._expire(now_s)
+        work_s = 0.0
+        for promise in self._promises:
+            if promise.due_at_s > now_s + horizon_s:
+                break
+            work_s += promise.work_s
+        return work_s / max(1, num_workers)

@@ -15,12 +15,14 @@ class ControlPlaneConfig:
     requests_max: int = 20_000  # queued and running, batch lines included
     queue_max: int = 1_000  # waiting requests of one online class
     tenants_max: int = 4_096  # fairness counters of tenants that wait for nothing
-    prefix_blocks_max: int = 200_000
+    prefix_blocks_max: int = 1_000_000
     prefix_holders_max: int = 8  # workers remembered for one block
     pairs_max: int = 4_096  # measured transfer rates
     plans_max: int = 50
     candidates_max: int = 8  # in one decision record
     requests_view_max: int = 500
+    contracts_max: int = 4_096
+    promises_max: int = 10_000  # retries that were promised room and have not come yet
     # liveness (design.md section 11)
     suspect_s_min: float = 1.5
     dead_s_min: float = 3.0
@@ -42,11 +44,33 @@ class ControlPlaneConfig:
     batch_kv_reserve: float = 0.125  # share of a worker's blocks that batch never takes
     hold_s_min: float = 2.0  # prompts predicted before a new one; more stays in our queue
     moves_max: int = 5  # times that a request may lose its worker
+    strikes_max: int = 4  # workers that may die with a request, when others may be why
     avoid_s: float = 0.25  # after a rejection, doubled each time
     avoid_s_max: float = 4.0
-    measured_max: int = 32  # workers of one role whose latency is predicted for a request
+    measure_all_max: int = 32  # workers of one role up to which all are measured for a request
+    holders_measured: int = 3  # beyond: so many with the longest cached prefix,
+    sampled_max: int = 5  # and so many by load;
+    sampled_again: int = 32  # and so many more when none of them can take it
+    fit_share: float = 0.3  # of the TTFT target: within it the fullest worker is best
+    fit_itl_share: float = 0.8
+    restore_share: float = 0.25  # cost of a prompt token from the host tier (algorithms.md 2c)
+    replace_gain: float = 0.8  # a request not yet started moves when it starts within this share
+    replaces_max: int = 2
+    replace_scan: int = 16  # requests looked at in one tick
+    left_s_max: float = 5.0  # a worker that dies so soon after it was left may have died of it
+    replace_s_min: float = 0.2  # of predicted wait, below which nothing moves
+    failures_max: int = 5  # in a row, until a worker is ejected
+    slow_factor: float = 3.0
+    slow_reports_min: int = 20
+    ejected_s: float = 30.0
+    ejected_share_max: float = 0.1  # of a pool's live workers, at least one
     scan_max: int = 16  # queue heads tried per class and event
     retry_every_s: float = 0.02  # between two passes over requests that found no room
+    # admission
+    late_margin: float = 0.05  # share of the TTFT target kept free (algorithms.md 2c, m)
+    retry_s_min: float = 0.1
+    retry_share: float = 0.5  # of the cluster's prefill that promised retries may fill
+    retry_grace_s: float = 5.0  # a promised retry may come so much later than told
     # planner
     plan_every_s: float = 10.0
     plan_window_s: float = 30.0

@@ -1,35 +1,36 @@
 """Decision records: what was decided for a request, on which numbers, in sentences."""
 
 from controlplane.domain import DecisionRecord, Rejected
+from controlplane.failover import Tracked
 from controlplane.router import Route
 
 
-def placed(request_id: str, epoch: int, route: Route, waited_s: float, why: str) -> DecisionRecord:
-    """`why` says what made a running request move, and is empty for a first start."""
-    reason = f"{why}; {route.reason}" if why else route.reason
-    return _record(request_id, epoch, "placed", reason, waited_s, route)
+def placed(tracked: Tracked, route: Route, waited_s: float) -> DecisionRecord:
+    return _record(tracked, "placed", route.reason, waited_s, route)
 
 
-def queued(request_id: str, epoch: int, route: Route, waited_s: float, why: str) -> DecisionRecord:
-    reason = f"{why}; {route.reason}" if why else route.reason
-    return _record(request_id, epoch, "queued", f"waits: {reason}", waited_s, route)
+def queued(tracked: Tracked, route: Route, waited_s: float) -> DecisionRecord:
+    return _record(tracked, "queued", f"waits: {route.reason}", waited_s, route)
 
 
 def _record(
-    request_id: str, epoch: int, outcome: str, reason: str, waited_s: float, route: Route
+    tracked: Tracked, outcome: str, reason: str, waited_s: float, route: Route
 ) -> DecisionRecord:
+    """The reason says first what made a running request move, then why it is surplus."""
     assert outcome in ("placed", "queued"), outcome
+    parts = [tracked.move_reason, tracked.demotion.message if tracked.demotion else "", reason]
     return DecisionRecord(
-        request_id=request_id,
-        epoch=epoch,
+        request_id=tracked.request_id,
+        epoch=tracked.epoch,
         outcome="placed" if outcome == "placed" else "queued",
-        reason=reason,
+        reason="; ".join(part for part in parts if part),
         split_reason=route.split_reason,
         waited_s=waited_s,
         uncached_tokens=route.uncached_tokens,
         handoff_threshold_tokens=route.threshold_tokens,
         placement=route.placement,
         candidates=route.candidates,
+        tier=tracked.tier,
     )
 
 

@@ -14,6 +14,9 @@ from controlplane.protocol import Policy, Role, Stage
 WorkerStatus = Literal["live", "suspect", "draining", "drained", "lost"]
 Split = Literal["local", "handoff"]
 Phase = Literal["queued", "prefill", "transfer", "decode", "orphaned"]
+Tier = Literal["guaranteed", "surplus"]  # surplus runs in what guaranteed work leaves
+OverLimit = Literal["surplus", "reject"]
+ContractKey = tuple[str, str, str]  # tenant, model, class
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,51 @@ class GenerateRequest:
     block_hashes: tuple[bytes, ...]  # salted chain over full prompt blocks
     arrived_at_s: float
     tenant_concurrency_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What one tenant may ask of one model in one SLO class, and what it is promised for it."""
+
+    tenant_id: str
+    model_id: str
+    class_name: str
+    requests_per_min: int
+    tokens_per_min: int  # prompt and output together
+    concurrency_max: int
+    attainment: float = 0.99  # share of requests within the class's targets
+    over_limit: OverLimit = "surplus"  # what becomes of a request above the rates
+    when_late: OverLimit = "surplus"  # and of one that no worker can serve in time
+    budget_tokens: int | None = None  # of one period; None: not limited
+    budget_usd: float | None = None
+    period: str = ""  # name of the budget's period; what is spent counts from 0 in a new one
+    usd_per_million_prompt: float = 0.0
+    usd_per_million_output: float = 0.0
+    output_share: float = 0.25  # of the tokens, when the contract is weighed against capacity
+    itl_s: float = 0.1  # the class's ITL target
+    is_batch: bool = False
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.requests_per_min <= self.tokens_per_min, self
+        assert self.concurrency_max >= 1 and 0.0 < self.attainment < 1.0, self
+        assert 0.0 <= self.output_share <= 1.0, self
+
+    @property
+    def key(self) -> ContractKey:
+        return (self.tenant_id, self.model_id, self.class_name)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a contract had used of its period before this process started."""
+
+    key: ContractKey
+    tokens: int
+    usd: float
 
 
 # --- outcomes and their explanation --------------------------------------------------------------
@@ -77,21 +125,32 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Demotion:
+    """Why a request runs in the surplus tier. `code` is one of contract_rate, late."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     placement: Placement
     epoch: int
+    demotion: Demotion | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
     position: int  # 1 is next
     predicted_start_s: float  # from now
+    demotion: Demotion | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """`code` is stable: tenant_concurrency, queue_full, no_worker, model_not_served,
-    prompt_too_long, queue_timeout, draining, retries_exhausted."""
+    prompt_too_long, queue_timeout, draining, retries_exhausted, contract_rate, contract_budget,
+    contract_concurrency, late, over_commit, poison."""
 
     code: str
     message: str
@@ -112,6 +171,7 @@ class DecisionRecord:
     handoff_threshold_tokens: int
     placement: Placement | None
     candidates: tuple[Candidate, ...] = field(default=())
+    tier: Tier = "guaranteed"
 
 
 # --- events: what happened -----------------------------------------------------------------------
@@ -162,12 +222,21 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Progressed:
+    """The first new id of a later epoch is here: what moved goes on."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The gateway has the last token, or gave the request up (`status` cancelled or failed)."""
 
     request_id: str
     status: Literal["completed", "cancelled", "failed"]
-    output_tokens: int
+    output_tokens: int  # delivered
+    itl_s_p99: float = 0.0  # of the gaps that the client saw
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +266,14 @@ class DrainOrdered:
 
 
 @dataclass(frozen=True, slots=True)
+class ContractsSet:
+    """The contracts in force from now on. The console has asked `ControlPlane.preview` first."""
+
+    contracts: tuple[Contract, ...]
+    spent: tuple[Spent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ServerDraining:
     """The console takes no new request from now on."""
 
@@ -212,11 +289,13 @@ Event = (
     | WorkerClosed
     | Submit
     | FirstToken
+    | Progressed
     | Finished
     | Stalled
     | RoleOrdered
     | DrainOrdered
     | PolicyChanged
+    | ContractsSet
     | ServerDraining
     | Tick
 )
@@ -252,6 +331,7 @@ class Dispatch:
     stage: Stage
     handoff_out: protocol.HandoffOut | None = None
     handoff_in: protocol.HandoffIn | None = None
+    tier: Tier = "guaranteed"  # surplus: the worker serves it behind all that may be in time
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from controlplane.calibration import Bucket
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import GenerateRequest, Phase, Placement
+from controlplane.domain import Demotion, GenerateRequest, Phase, Placement, Tier
 
 
 @dataclass(slots=True)
@@ -21,17 +22,30 @@ class Tracked:
     placement: Placement | None = None
     has_first_token: bool = False
     num_moves: int = 0
+    num_strikes: int = 0  # workers that died with it, since it last made progress
+    left_worker: str = ""  # it was moved away from before it started, as far as we know
+    left_at_s: float = 0.0
+    is_blamed: bool = False  # the last one had nothing else that could be why
     num_refusals: int = 0
+    num_replaced: int = 0  # before it started, to a worker that starts it sooner
     avoid_until_s: dict[str, float] = field(default_factory=dict)
     lost_worker: str = ""  # whose loss the next dispatch answers
     move_reason: str = ""
     recompute_s: float | None = None  # seconds a failed handoff took, until it is counted
     handoff_ready_at_s: float | None = None
     resumable_on: str = ""  # the lost worker that may come back with the sequence
+    demotion: Demotion | None = None  # why it is in the surplus tier
+    placed_at_s: float = 0.0
+    bucket: Bucket | None = None  # kind of the TTFT prediction, while it will be scored
+    ttft_s: float | None = None  # as the client saw it
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def tier(self) -> Tier:
+        return "surplus" if self.demotion else "guaranteed"
 
     def enter_phase(self, phase: Phase, now_s: float) -> None:
         self.phase, self.phase_at_s = phase, now_s

@@ -32,6 +32,13 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._flow_of)
 
+    @property
+    def is_batch(self) -> bool:
+        """Of its requests, if it has any: they are all of one class."""
+        return any(
+            request.slo.is_batch for waiting in self._flows.values() for request in waiting.values()
+        )
+
     def push(self, request: GenerateRequest) -> None:
         assert request.request_id not in self._flow_of, request.request_id
         flow = (request.tenant_id, request.model_id)

@@ -1,19 +1,23 @@
 """Starts waiting requests: routes them, debits the workers, writes dispatches and decisions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from controlplane import decisions, domain, protocol
-from controlplane.admission import WaitingRoom
+from controlplane.admission import Outlook, late_by_s, late_text
+from controlplane.calibration import TTFTCalibration, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates
 from controlplane.domain import Command, Decided
 from controlplane.failover import Tracked
 from controlplane.planner import Planner
+from controlplane.pools import Pools
 from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Reservation, Worker
+from controlplane.replacing import Waiting
 from controlplane.router import Route, route
 from controlplane.scorers import Ask, blocks_needed
+from controlplane.waiting import WaitingRoom
 
 
 class Placer:
@@ -32,10 +36,13 @@ class Placer:
         self._planner = planner
         self._tracked = tracked
         self._commands = commands
+        self.pools = Pools(config)
+        self.uniform: Callable[[], float] = lambda: 0.5  # of the event in hand
         self._passed_at_s = float("-inf")  # last pass over waiting requests that found no room
         self.room = WaitingRoom(config)
         self.prefixes = PrefixIndex(config.prefix_blocks_max, config.prefix_holders_max)
         self.rates = TransferRates(config)
+        self.calibration = TTFTCalibration()
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start, in the order of the waiting room.
@@ -45,33 +52,135 @@ class Placer:
         is_early = now_s - self._passed_at_s < self._config.retry_every_s
         if not len(self.room) or (is_early and len(self.room) > self._config.scan_max):
             return
-        has_started = True
-        while has_started:
-            has_started = False
+        has_changed = True
+        while has_changed:
+            has_changed = False
             for request in self.room.next_up():
                 tracked = self._tracked[request.request_id]
-                found = self._route(tracked, now_s)
-                if found.placement is not None:
+                found = self.route(tracked, now_s)
+                late = self._late(tracked, found, now_s)
+                if late is not None and self.room.can_demote(request):
+                    self.demote(tracked, domain.Demotion("late", late))
+                    has_changed = True
+                elif found.placement is not None:
                     self._start(tracked, found, now_s)
-                    has_started = True
+                    has_changed = True
         if len(self.room):
             self._passed_at_s = now_s
 
-    def _route(self, tracked: Tracked, now_s: float) -> Route:
+    def outlook(self, found: Route) -> Outlook | None:
+        """Of the placement, or of the best worker when so much is queued there that it waits."""
+        rows = {row.worker_id: row for row in found.candidates if row.eligible}
+        if found.placement is not None:
+            first = rows[found.placement.prefill_worker]
+            ttft_s, itl_s = found.placement.predicted_ttft_s, found.placement.predicted_itl_s
+            is_handoff = found.placement.split == "handoff"
+        elif rows:
+            first = min(rows.values(), key=lambda row: (row.ttft_s, row.worker_id))
+            ttft_s, itl_s, is_handoff = first.ttft_s, first.itl_s, False
+        else:
+            return None
+        bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
+        return Outlook(
+            worker_id=first.worker_id,
+            ttft_s=ttft_s,
+            ttft_s_p99=self.calibration.margin(bucket) * ttft_s,
+            itl_s=itl_s,
+            work_s=first.prefill_s,
+            num_workers=max(1, found.num_first),
+        )
+
+    def _late(self, tracked: Tracked, found: Route, now_s: float) -> str | None:
+        """Why a waiting request of the guaranteed tier cannot be in time any more. A request that
+        has had a worker goes on as it is."""
+        request, slo = tracked.request, tracked.request.slo
+        if slo.is_batch or tracked.tier == "surplus" or tracked.epoch or tracked.num_refusals:
+            return None
+        waited_s = now_s - request.arrived_at_s
+        outlook = self.outlook(found)
+        if outlook is None:
+            is_late = waited_s > slo.ttft_s_p99
+            text = f"has waited {waited_s:.1f} s, target {slo.ttft_s_p99:.1f} s"
+            return text if is_late else None
+        is_late = late_by_s(outlook, slo, waited_s, self._config.late_margin) > 0.0
+        if is_late or outlook.itl_s > slo.itl_s_p99:
+            return late_text(outlook, slo, waited_s, 0.0)
+        return None
+
+    def demote(self, tracked: Tracked, demotion: domain.Demotion) -> None:
+        tracked.demotion = demotion
+        self.room.demote(tracked.request)
+
+    def observe_ttft(self, tracked: Tracked, now_s: float) -> None:
+        """The first token is out: score the prediction of its placement."""
+        placement = tracked.placement
+        if placement is not None and tracked.bucket is not None:
+            actual_s = now_s - tracked.placed_at_s
+            self.calibration.observe(tracked.bucket, placement.predicted_ttft_s, actual_s)
+        tracked.bucket = None
+
+    def route(self, tracked: Tracked, now_s: float) -> Route:
+        """Where the request would go now."""
         request = tracked.request
-        ask = Ask(
+        return route(
+            self._ask(tracked, tracked.avoided(now_s), now_s),
+            self.pools.pool(request.model_id),
+            self.rates,
+            self._config,
+            self.uniform,
+            can_split=tracked.num_moves == 0,
+        )
+
+    def _ask(self, tracked: Tracked, avoid: frozenset[str], now_s: float) -> Ask:
+        request = tracked.request
+        return Ask(
             request=request,
             now_s=now_s,
             ttft_s_left=request.slo.ttft_s_p99 - (now_s - request.arrived_at_s),
-            cached_blocks=self.prefixes.matched(request.block_hashes),
-            avoid=tracked.avoided(now_s),
+            hits=self.prefixes.matched(request.block_hashes),
+            avoid=avoid,
+            is_surplus=tracked.tier == "surplus",
+            is_struck=tracked.num_strikes > 0,
+            margin=self.calibration.margin,
         )
-        serving = [
-            worker
-            for worker in self._registry.workers.values()
-            if worker.has_model(request.model_id)
-        ]
-        return route(ask, serving, self.rates, self._config, can_split=tracked.num_moves == 0)
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        config = self._config
+        return {
+            "prefix blocks": (len(self.prefixes), config.prefix_blocks_max),
+            "transfer pairs": (len(self.rates), config.pairs_max),
+            **self.room.sizes(),
+        }
+
+    def joined(self, worker: Worker) -> None:
+        """A new member or one that is back."""
+        self.pools.join(worker)
+        tokens, size = worker.hello.block_tokens, self._config.prefix_block_tokens
+        device, host = worker.hello.num_blocks, worker.hello.host_blocks
+        self.prefixes.join(worker.worker_id, device * tokens // size, host * tokens // size)
+
+    def forgotten(self, worker: Worker) -> None:
+        self.pools.forget(worker)
+        self.prefixes.leave(worker.worker_id)
+
+    def sooner(self, waiting: Waiting, now_s: float) -> Route | None:
+        """Another worker that would start the request within replace_gain of its present time."""
+        tracked = waiting.tracked
+        avoid = tracked.avoided(now_s) | {waiting.worker_id}
+        pool = self.pools.pool(tracked.request.model_id)
+        ask = self._ask(tracked, avoid, now_s)
+        found = route(ask, pool, self.rates, self._config, self.uniform, can_split=True)
+        placement, former = found.placement, tracked.placement
+        assert former is not None
+        if placement is None or placement.split != former.split:
+            return None  # whether a prompt is computed apart was decided on other grounds
+        limit_s = self._config.replace_gain * waiting.ttft_s
+        is_sooner = found.queue_s <= self._config.replace_gain * waiting.wait_s
+        return found if is_sooner and placement.predicted_ttft_s <= limit_s else None
+
+    def start_now(self, tracked: Tracked, found: Route, now_s: float) -> None:
+        """Start a request of the waiting room by a route that has just been found."""
+        self._start(tracked, found, now_s)
 
     def _start(self, tracked: Tracked, found: Route, now_s: float) -> None:
         placement = found.placement
@@ -82,16 +191,22 @@ class Placer:
         tracked.epoch += 1
         tracked.placement = placement
         tracked.resumable_on = ""
+        tracked.placed_at_s = now_s
+        tracked.bucket = None
+        if tracked.epoch == 1 and tracked.tier == "guaranteed" and not request.slo.is_batch:
+            first = next(
+                row for row in found.candidates if row.worker_id == placement.prefill_worker
+            )
+            is_handoff = placement.split == "handoff"
+            tracked.bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:
             self._observe(request.model_id, found, now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)
         self._count_move(tracked, found)
-        record = decisions.placed(
-            request.request_id, tracked.epoch, found, waited_s, tracked.move_reason
-        )
-        outcome = domain.Placed(placement, tracked.epoch)
+        record = decisions.placed(tracked, found, waited_s)
+        outcome = domain.Placed(placement, tracked.epoch, tracked.demotion)
         self._commands.append(Decided(request.request_id, outcome, record))
         tracked.move_reason = ""
 
@@ -112,7 +227,9 @@ class Placer:
         self.prefixes.insert(placement.prefill_worker, hashes)
         if placement.split == "local":
             self.reserve(decode, tracked, "full", uncached)
-            self._commands.append(domain.Dispatch(decode.worker_id, request_id, epoch, "full"))
+            self._commands.append(
+                domain.Dispatch(decode.worker_id, request_id, epoch, "full", tier=tracked.tier)
+            )
             return
         prefill = self._registry.workers[placement.prefill_worker]
         address = prefill.hello.handoff_address
@@ -128,6 +245,7 @@ class Placer:
                 epoch,
                 "prefill",
                 handoff_out=protocol.HandoffOut(shown),
+                tier=tracked.tier,
             ),
             domain.Dispatch(
                 decode.worker_id,
@@ -135,6 +253,7 @@ class Placer:
                 epoch,
                 "decode",
                 handoff_in=protocol.HandoffIn(address, shown, timeout_s),
+                tier=tracked.tier,
             ),
         ]
 
@@ -158,8 +277,12 @@ class Placer:
                 context_tokens=request.prompt_tokens,
                 is_accepted=is_reported,
                 is_reported=is_reported,
+                is_surplus=tracked.tier == "surplus",
+                is_prefilling=not is_reported,
+                is_struck=tracked.num_strikes > 0 and not (is_reported or request.slo.is_batch),
             )
         )
+        self.pools.refile(worker)
 
     def _count_move(self, tracked: Tracked, found: Route) -> None:
         if tracked.lost_worker:
@@ -177,15 +300,13 @@ class Placer:
 
     def decide_queued(self, tracked: Tracked, now_s: float) -> None:
         """Says that a new request waits; the record shows what it would have got now."""
-        found = self._route(tracked, now_s)
+        found = self.route(tracked, now_s)
         if found.placement is not None:
             why = f"{len(self.room) - 1} requests are before it"
             found = replace(found, placement=None, reason=why)
         position = self.room.position(tracked.request)
         per_start_s = min((row.prefill_s for row in found.candidates), default=0.0)
         start_s = found.queue_s + (position - 1) * per_start_s
-        record = decisions.queued(
-            tracked.request_id, tracked.epoch, found, 0.0, tracked.move_reason
-        )
-        outcome = domain.Queued(position, start_s)
+        record = decisions.queued(tracked, found, 0.0)
+        outcome = domain.Queued(position, start_s, tracked.demotion)
         self._commands.append(Decided(tracked.request_id, outcome, record))

@@ -5,14 +5,18 @@ chance give the same commands. Requests in == completed + failed + cancelled + r
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from controlplane import domain, protocol, views
+from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
+from controlplane.contracts import Preview, preview
 from controlplane.domain import Command
+from controlplane.ledger import AccountView
 from controlplane.planner import Planner
+from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
 from controlplane.requests import Requests
 
@@ -35,6 +39,7 @@ class ControlPlane:
     ) -> list[Command]:
         """What the driver shall do about `event`, in order. `uniform` draws from [0, 1)."""
         assert not self._commands, "handle was entered twice"
+        self._requests.set_chance(uniform)
         match event:
             case domain.WorkerHello():
                 self._on_hello(event, now_s, uniform)
@@ -42,13 +47,16 @@ class ControlPlane:
                 self._on_message(event, now_s)
             case domain.WorkerClosed():
                 if worker := self._registry.current(event.worker_id, event.epoch):
-                    self._lose(worker, f"{worker.worker_id} closed its connection", now_s)
+                    why = f"{worker.worker_id} closed its connection"
+                    self._lose(worker, why, now_s, is_crash=True)
             case domain.Submit():
                 self._requests.submit(event.request, now_s)
             case domain.FirstToken():
                 self._requests.first_token(event, now_s)
+            case domain.Progressed():
+                self._requests.progressed(event)
             case domain.Finished():
-                self._requests.finished(event)
+                self._requests.finished(event, now_s)
             case domain.Stalled():
                 self._requests.stalled(event, now_s)
             case domain.RoleOrdered():
@@ -57,6 +65,10 @@ class ControlPlane:
                 self._on_drain(event)
             case domain.PolicyChanged():
                 self._on_policy(event)
+            case domain.ContractsSet():
+                limit = self._config.contracts_max
+                assert len(event.contracts) <= limit, (len(event.contracts), limit)
+                self._requests.ledger.set_contracts(event.contracts, event.spent)
             case domain.ServerDraining():
                 self._requests.is_draining = True
             case domain.Tick():
@@ -76,6 +88,27 @@ class ControlPlane:
             queued_by_class=self._requests.waiting_by_class(),
             plans=tuple(self._plans),
         )
+
+    @property
+    def prefixes(self) -> PrefixIndex:
+        """What routing believes of workers' caches; for metrics and benchmarks."""
+        return self._requests.prefixes
+
+    @property
+    def calibration(self) -> TTFTCalibration:
+        """How predicted TTFTs turned out; for metrics."""
+        return self._requests.calibration
+
+    def accounts(self, now_s: float) -> tuple[AccountView, ...]:
+        """Every contract and where it stands."""
+        return self._requests.ledger.views(now_s)
+
+    def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
+        """What these contracts would commit, model by model, were they set now."""
+        before = self._requests.ledger.contracts()
+        models = {contract.model_id for contract in (*before, *contracts)}
+        found = [self._registry.capacity(model_id) for model_id in sorted(models)]
+        return preview(before, contracts, [item for item in found if item is not None])
 
     # --- workers ---------------------------------------------------------------------------------
 
@@ -98,7 +131,7 @@ class ControlPlane:
             self._commands.append(domain.SendRole(worker.worker_id, worker.role))
         if worker.is_drain_ordered:
             self._commands.append(domain.SendDrain(worker.worker_id))
-        self._requests.reattach(worker, now_s)
+        self._requests.joined(worker, now_s)
 
     def _on_message(self, event: domain.WorkerMessage, now_s: float) -> None:
         worker = self._registry.current(event.worker_id, event.epoch)
@@ -113,9 +146,11 @@ class ControlPlane:
             case protocol.Drained():
                 if worker.status == "draining":
                     worker.status = "drained"
+                    self._requests.refile(worker)
             case protocol.Goodbye() as goodbye:
                 self._lose(worker, f"{worker.worker_id} left: {goodbye.reason}", now_s)
                 del self._registry.workers[worker.worker_id]
+                self._requests.forgotten(worker)
             case answer:
                 self._requests.answered(worker, answer, now_s)
 
@@ -124,6 +159,7 @@ class ControlPlane:
     ) -> None:
         worker.report(load)
         worker.busy_s = busy_s
+        self._requests.refile(worker)
         if worker.role != "prefill":
             self._planner.observe_decode(now_s, worker.worker_id, load.online_s)
 
@@ -142,6 +178,7 @@ class ControlPlane:
         """An admission mask changes at once; requests in hand go on where they are."""
         changed = domain.PlanChanged(worker.worker_id, worker.role, role, by, reason)
         worker.role, worker.role_since_s = role, now_s
+        self._requests.refile(worker)
         self._plans.appendleft(changed)
         if worker.status != "lost":
             self._commands.append(domain.SendRole(worker.worker_id, role))
@@ -153,6 +190,7 @@ class ControlPlane:
             return
         worker.is_drain_ordered = True
         worker.status = "draining"
+        self._requests.refile(worker)
         self._commands.append(domain.SendDrain(worker.worker_id))
 
     def _on_policy(self, event: domain.PolicyChanged) -> None:
@@ -164,16 +202,19 @@ class ControlPlane:
             if worker.status != "lost":
                 self._commands.append(domain.SendPolicy(worker.worker_id, policy))
 
-    def _lose(self, worker: Worker, why: str, now_s: float) -> None:
+    def _lose(self, worker: Worker, why: str, now_s: float, is_crash: bool = False) -> None:
         """From here on nothing that this incarnation says counts."""
         worker.status = "lost"
+        self._requests.refile(worker)
         held = sorted(
             (self._requests.tracked[request_id] for request_id in worker.reservations),
             key=lambda item: (item.request.slo.rank, item.request.arrived_at_s, item.request_id),
         )
+        if is_crash:
+            self._requests.strike(worker, now_s)
         for tracked in held:
             self._requests.move(tracked, worker.worker_id, why, now_s)
-        worker.load = None
+        worker.left()
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -186,11 +227,22 @@ class ControlPlane:
         for worker, why in self._registry.dead(now_s):
             self._commands.append(domain.CloseWorker(worker.worker_id, why))
             self._lose(worker, f"{worker.worker_id} was given up: {why}", now_s)
-        self._registry.forget_lost(now_s)
+        for worker in self._registry.forget_lost(now_s):
+            self._requests.forgotten(worker)
         self._requests.expire(now_s)
+        self._requests.balance(now_s)
         flip = self._planner.plan(now_s, list(self._registry.workers.values()))
         if flip is not None:
             self._change_role(flip.worker, flip.role, "planner", flip.reason, now_s)
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Everything that is bounded: how large it is and may be."""
+        config = self._config
+        return {
+            "workers": (len(self._registry.workers), config.workers_max),
+            "plans": (len(self._plans), config.plans_max),
+            **self._requests.sizes(),
+        }
 
     def check_integrity(self) -> None:
         """Conservation laws that hold between any two events; for tests and simulation."""

@@ -99,6 +99,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     token: str | None = None
     resume: ResumeProof | None = None
     sequences: list[LiveSequence] = []
+    host_blocks: int = 0  # KV blocks that its host tier keeps beyond `num_blocks`
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
@@ -421,10 +422,12 @@ def block_hashes(salt: bytes, token_ids: Sequence[int], block_tokens: int) -> tu
     h_0 = SHA-256(salt), h_i = SHA-256(h_(i-1) || ids of block i as little-endian uint32): equal
     names mean equal ids from the first token on, and never across two salts.
     """
-    link = hashlib.sha256(salt).digest()
+    sha256 = hashlib.sha256
+    link = sha256(salt).digest()
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    size = 4 * block_tokens
     hashes = []
-    for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
-        ids = token_ids[start : start + block_tokens]
-        link = hashlib.sha256(link + struct.pack(f"<{block_tokens}I", *ids)).digest()
+    for start in range(0, len(packed) - size + 1, size):
+        link = sha256(link + packed[start : start + size]).digest()
         hashes.append(link)
     return tuple(hashes)

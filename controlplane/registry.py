@@ -11,7 +11,15 @@ from math import isfinite
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
-from controlplane.latency import is_sound
+from controlplane.contracts import Capacity
+from controlplane.latency import (
+    HINGE_ROWS,
+    StepFeatures,
+    is_sound,
+    prompt_context_token_s,
+    prompt_token_s,
+    step_s,
+)
 
 
 @dataclass(slots=True)
@@ -29,6 +37,25 @@ class Reservation:
     context_tokens: int
     is_accepted: bool = False
     is_reported: bool = False
+    is_surplus: bool = False
+    is_prefilling: bool = True  # until its first output id
+    is_struck: bool = False  # a worker died with it: alone of its kind here until it goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What predictions take of a worker, computed once per change of its state. Seconds, tokens."""
+
+    model: protocol.StepModel
+    token_s: float  # of one more prompt token in a large step
+    chunk_context_s: float
+    beside: StepFeatures  # the decode step of the online sequences placed on it
+    beside_s: float
+    row_s: float  # one more decode row, without its context
+    blocks_free: int  # for an online sequence
+    blocks_free_batch: int
+    ahead_tokens: int  # prompt tokens before a new one of the guaranteed tier
+    ahead_tokens_all: int  # and of the surplus tier
 
 
 @dataclass(slots=True)
@@ -54,9 +81,47 @@ class Worker:
     num_online_decoding: int = 0  # of them, those that decode here, or will
     num_batch: int = 0
     online_context_tokens: int = 0  # prompts of the online sequences that decode here
+    num_struck: int = 0
+    num_unproven: int = 0  # without an id from here yet
+    ejected_until_s: float = 0.0
+    eject_reason: str = ""
+    is_out: bool = False  # suspect or ejected at the last tick
+    num_reports: int = 0  # since it joined or was ejected
+    surplus_tokens: int = 0  # uncached prompt tokens of surplus requests without an output id
+    max_model_len: dict[str, int] = field(default_factory=dict)  # tokens, by model it serves
+    _pace: Pace | None = None
+
+    @property
+    def pace(self) -> Pace:
+        if self._pace is None:
+            self._pace = self._make_pace()
+        return self._pace
+
+    def _make_pace(self) -> Pace:
+        model = self.step_model
+        beside = StepFeatures(self.num_online_decoding, self.online_context_tokens)
+        row_s = model.per_token_s + model.per_sequence_s
+        for over_s, hinge in zip(model.per_token_over_s, HINGE_ROWS, strict=True):
+            row_s += over_s if beside.rows >= hinge else 0.0
+        ahead = self.prefill_tokens_given
+        if self.load:
+            ahead += self.load.prefill_tokens_waiting
+        return Pace(
+            model=model,
+            token_s=prompt_token_s(model),
+            chunk_context_s=prompt_context_token_s(model),
+            beside=beside,
+            beside_s=step_s(model, beside),
+            row_s=row_s,
+            blocks_free=self.blocks_free(False),
+            blocks_free_batch=self.blocks_free(True),
+            ahead_tokens=max(0, ahead - self.surplus_tokens),
+            ahead_tokens_all=ahead,
+        )
 
     def reserve(self, reservation: Reservation) -> None:
         """Debit at dispatch."""
+        self._pace = None
         assert reservation.request_id not in self.reservations, reservation
         self.reservations[reservation.request_id] = reservation
         if not reservation.is_reported:
@@ -65,6 +130,7 @@ class Worker:
 
     def release(self, request_id: str) -> bool:
         """Credit when the request leaves; False when it held nothing here."""
+        self._pace = None
         reservation = self.reservations.pop(request_id, None)
         self.unreported.pop(request_id, None)
         if reservation is None:
@@ -73,10 +139,14 @@ class Worker:
         return True
 
     def _count(self, reservation: Reservation, sign: int) -> None:
+        self.num_struck += sign * reservation.is_struck
+        self.num_unproven += sign * reservation.is_prefilling
         if reservation.is_batch:
             self.num_batch += sign
         else:
             self.num_online += sign
+            if reservation.is_surplus and reservation.is_prefilling:
+                self.surplus_tokens += sign * reservation.prefill_tokens
             if reservation.stage != "prefill":
                 self.num_online_decoding += sign
                 self.online_context_tokens += sign * reservation.context_tokens
@@ -85,6 +155,19 @@ class Worker:
         """The worker has queued it: its next report includes it."""
         if reservation := self.reservations.get(request_id):
             reservation.is_accepted = True
+
+    def first_token(self, request_id: str) -> None:
+        """Its prompt is computed."""
+        self._pace = None
+        reservation = self.reservations.get(request_id)
+        if reservation is not None and reservation.is_prefilling:
+            if reservation.is_surplus and not reservation.is_batch:
+                self.surplus_tokens -= reservation.prefill_tokens
+            reservation.is_prefilling = False
+            self.num_unproven -= 1
+        if reservation is not None and reservation.is_struck:
+            self.num_struck -= 1
+            reservation.is_struck = False
 
     def report(self, load: protocol.WorkerLoad) -> None:
         """Take the worker's own numbers; what it had accepted before is part of them.
@@ -97,12 +180,22 @@ class Worker:
             and min(load.prefill_tokens_waiting, load.kv_blocks_free, load.kv_blocks_cached) >= 0
         ):
             return
-        self.load = load
+        self.load, self._pace = load, None
+        self.num_reports += 1
         for request_id in [key for key, held in self.unreported.items() if held.is_accepted]:
             self.unreported.pop(request_id).is_reported = True
 
+    def joined_with(self, hello: protocol.Hello) -> None:
+        """What it is from now on; nothing reported yet."""
+        self.hello, self.load, self._pace = hello, None, None
+        self.max_model_len = {model.model_id: model.max_model_len for model in hello.models}
+
+    def left(self) -> None:
+        """Its reports say nothing any more."""
+        self.load, self._pace = None, None
+
     def has_model(self, model_id: str) -> bool:
-        return any(model.model_id == model_id for model in self.hello.models)
+        return model_id in self.max_model_len
 
     def model(self, model_id: str) -> protocol.ModelFacts:
         return next(model for model in self.hello.models if model.model_id == model_id)
@@ -131,10 +224,12 @@ class Worker:
 
     def is_suspect(self, now_s: float, config: ControlPlaneConfig) -> bool:
         """Silent, or in one step, for longer than it should be: it gets no new work."""
+        silent_s = now_s - self.heard_at_s
+        if silent_s <= config.suspect_s_min and self.busy_s <= config.stuck_s_min:
+            return False
         predicted_s = 2.0 * self._predicted_s()
-        return now_s - self.heard_at_s > max(
-            config.suspect_s_min, predicted_s
-        ) or self.busy_s > max(config.stuck_s_min, predicted_s)
+        is_silent = silent_s > max(config.suspect_s_min, predicted_s)
+        return is_silent or self.busy_s > max(config.stuck_s_min, predicted_s)
 
     def dead_reason(self, now_s: float, config: ControlPlaneConfig) -> str:
         """Why it counts as dead, else an empty string."""
@@ -145,6 +240,9 @@ class Worker:
         if self.busy_s > max(config.hung_s_min, 4.0 * predicted_s):
             return f"one step has run for {self.busy_s:.1f} s"
         return ""
+
+    def is_ejected(self, now_s: float) -> bool:
+        return now_s < self.ejected_until_s
 
     def is_accepting(self, now_s: float, config: ControlPlaneConfig) -> bool:
         return self.status == "live" and not self.is_suspect(now_s, config)
@@ -159,6 +257,12 @@ class Worker:
         assert self.num_online_decoding == len(decoding), (self.worker_id, len(decoding))
         context = sum(item.context_tokens for item in decoding)
         assert self.online_context_tokens == context, (self.worker_id, context)
+        surplus = [item for item in online if item.is_surplus and item.is_prefilling]
+        tokens = sum(item.prefill_tokens for item in surplus)
+        assert self.surplus_tokens == tokens, (self.worker_id, self.surplus_tokens, tokens)
+        assert self.num_unproven == sum(item.is_prefilling for item in held), self.worker_id
+        assert self.num_struck == sum(item.is_struck for item in held), self.worker_id
+        assert self._pace is None or self._pace == self._make_pace(), self.worker_id
         unreported = {item.request_id for item in held if not item.is_reported}
         assert set(self.unreported) == unreported, (self.worker_id, unreported)
 
@@ -203,9 +307,9 @@ class Registry:
         if hello.resume is not None:
             worker = self.workers[hello.resume.worker_id]
             worker.epoch += 1
-            worker.hello = hello
+            worker.joined_with(hello)
             worker.connection_id = event.connection_id
-            worker.heard_at_s, worker.busy_s, worker.load = now_s, 0.0, None
+            worker.heard_at_s, worker.busy_s = now_s, 0.0
             worker.status = "draining" if worker.is_drain_ordered else "live"
             if hello.handoff_address is None:
                 worker.role = "mixed"
@@ -221,6 +325,7 @@ class Registry:
             heard_at_s=now_s,
             role_since_s=now_s,
         )
+        worker.joined_with(hello)
         self.workers[worker.worker_id] = worker
         return worker
 
@@ -275,6 +380,19 @@ class Registry:
             return None
         return worker
 
+    def capacity(self, model_id: str) -> Capacity | None:
+        """What the live workers of a model give to contracts; None without one."""
+        serving = [
+            worker
+            for worker in self.workers.values()
+            if worker.status == "live" and worker.has_model(model_id)
+        ]
+        if not serving:
+            return None
+        slowest = max(serving, key=lambda worker: prompt_token_s(worker.step_model))
+        kv_tokens = sum(worker.hello.num_blocks * worker.hello.block_tokens for worker in serving)
+        return Capacity(model_id, len(serving), kv_tokens, slowest.step_model)
+
     def dead(self, now_s: float) -> list[tuple[Worker, str]]:
         """Members that have been silent or stuck for too long, with the reason."""
         found = []
@@ -283,15 +401,16 @@ class Registry:
                 found.append((worker, reason))
         return found
 
-    def forget_lost(self, now_s: float) -> None:
-        """Drop workers that did not come back."""
+    def forget_lost(self, now_s: float) -> list[Worker]:
+        """Drop the workers that did not come back; gives them."""
         gone = [
-            worker.worker_id
+            worker
             for worker in self.workers.values()
             if worker.status == "lost" and now_s - worker.heard_at_s > self._config.lost_kept_s
         ]
-        for worker_id in gone:
-            del self.workers[worker_id]
+        for worker in gone:
+            del self.workers[worker.worker_id]
+        return gone
 
     def forgive(self, gap_s: float, now_s: float) -> None:
         """Our own loop stood still for `gap_s`: nobody could be heard in that time."""

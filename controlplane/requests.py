@@ -3,20 +3,46 @@
 Requests submitted == completed + failed + cancelled + rejected + tracked here.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from controlplane import decisions, domain, protocol
-from controlplane.admission import DRAINING_RETRY_S, RETRY_S, refuse_worker
+from controlplane.admission import (
+    DRAINING_RETRY_S,
+    RETRY_S,
+    RetryBook,
+    late_by_s,
+    late_text,
+    refuse_worker,
+)
+from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import Command, Decided, Rejected
+from controlplane.domain import Command, Decided, Demotion, Rejected
+from controlplane.ejection import Ejector
 from controlplane.failover import Tracked
+from controlplane.ledger import Account, Ledger, worst_case
 from controlplane.placing import Placer
 from controlplane.planner import Planner
+from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
+from controlplane.replacing import not_started
+from controlplane.router import Route
 
 REFUSALS_FINAL = (
     "too_long",
     "unknown_model",
     "bad_token_ids",
 )  # reasons that waiting does not mend
+SWEEP_S = 1.0  # between two looks for outliers
+NOT_OURS = (
+    "contract_rate",
+    "contract_budget",
+    "contract_concurrency",
+    "tenant_concurrency",
+    "prompt_too_long",
+    "draining",
+    "cancelled",
+)  # ends that count neither for nor against a contract's attainment
 Answer = (
     protocol.Accepted
     | protocol.Rejected
@@ -43,11 +69,34 @@ class Requests:
         self.tracked: dict[str, Tracked] = {}
         self._placer = Placer(config, registry, planner, self.tracked, commands)
         self._room = self._placer.room
+        self._book = RetryBook(config)
+        self._ejector = Ejector(config)
+        self._swept_at_s = 0.0
+        self.ledger = Ledger()
         self.is_draining = False
+
+    @property
+    def prefixes(self) -> PrefixIndex:
+        return self._placer.prefixes
+
+    @property
+    def calibration(self) -> TTFTCalibration:
+        return self._placer.calibration
+
+    def set_chance(self, uniform: Callable[[], float]) -> None:
+        """Chance for the event in hand."""
+        self._placer.uniform = uniform
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start now."""
         self._placer.start_waiting(now_s)
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {
+            "requests": (len(self.tracked), self._config.requests_max),
+            "promises": (len(self._book), self._config.promises_max),
+            **self._placer.sizes(),
+        }
 
     def waiting_by_class(self) -> tuple[tuple[str, int], ...]:
         return self._room.counts()
@@ -55,17 +104,85 @@ class Requests:
     def submit(self, request: domain.GenerateRequest, now_s: float) -> None:
         assert request.request_id not in self.tracked, f"{request.request_id} submitted twice"
         tracked = Tracked(request, "queued", now_s)
-        if refused := self._refuse(request):
+        account = self.ledger.account(request)
+        found: Route | None = None
+        refused = self._refuse(request)
+        if refused is None:
+            found = self._placer.route(tracked, now_s)
+            refused = self._admit(tracked, found, account, now_s)
+        if refused is not None:
             self._decide_rejected(tracked, refused, now_s)
+            self._judge(tracked, False, refused.code, now_s)
             return
         self.tracked[request.request_id] = tracked
         if not request.slo.is_batch:
             count = self._num_by_tenant.get(request.tenant_id, 0)
             self._num_by_tenant[request.tenant_id] = count + 1
-        self._room.enter(request, now_s)
+        if account is not None:
+            self.ledger.reserve(account, request, tracked.tier, now_s)
+        is_alone = not len(self._room)
+        self._room.enter(request, tracked.tier, now_s)
+        if is_alone and found is not None and found.placement is not None and not tracked.demotion:
+            self._placer.start_now(tracked, found, now_s)
+            return
         self._placer.start_waiting(now_s)
         if request.request_id in self._room:
             self._placer.decide_queued(tracked, now_s)
+
+    def _admit(
+        self, tracked: Tracked, found: Route, account: Account | None, now_s: float
+    ) -> Rejected | None:
+        """Its contract, then the prediction: refused, or `tracked` says why it is surplus."""
+        request = tracked.request
+        if account is not None:
+            tokens, usd = worst_case(account.contract, request)
+            if refused := account.refuse_hard(tokens, usd):
+                is_moving = refused.code == "contract_concurrency"
+                return replace(refused, retry_after_s=RETRY_S) if is_moving else refused
+            over = None if request.slo.is_batch else account.over_rate(tokens, now_s)
+            if over is not None and account.contract.over_limit == "reject":
+                return over
+            if over is not None:
+                tracked.demotion = Demotion(over.code, over.message)
+        is_judged = tracked.demotion is None and not request.slo.is_batch
+        if is_judged and (refused := self._judge_late(tracked, found, account, now_s)):
+            return refused
+        return self._room.refuse_queue(request.slo, tracked.tier)
+
+    def _judge_late(
+        self, tracked: Tracked, found: Route, account: Account | None, now_s: float
+    ) -> Rejected | None:
+        """The calibrated prediction against the class's targets, before anything is spent. Room
+        that was promised to earlier refusals is not there for others."""
+        request, slo = tracked.request, tracked.request.slo
+        outlook = self._placer.outlook(found)
+        if outlook is None:
+            return None  # nobody can take it now: it waits, and is late when it is
+        is_promised = self._book.redeem(request.tenant_id, now_s)
+        waited_s = max(0.0, now_s - request.arrived_at_s)
+        promised_s = 0.0
+        if not is_promised:
+            promised_s = self._book.ahead_s(slo.ttft_s_p99, outlook.num_workers, now_s)
+        late_s = late_by_s(outlook, slo, waited_s, self._config.late_margin) + promised_s
+        if late_s <= 0.0 and outlook.itl_s <= slo.itl_s_p99:
+            return None
+        text = late_text(outlook, slo, waited_s, promised_s)
+        if account is None or account.contract.when_late == "surplus":
+            tracked.demotion = Demotion("late", text)
+            return None
+        wait_s = max(late_s, self._config.retry_s_min)
+        retry_s = self._book.promise(
+            request.tenant_id, wait_s, outlook.work_s, outlook.num_workers, now_s
+        )
+        return Rejected("late", text, retry_s)
+
+    def _judge(self, tracked: Tracked, is_met: bool, code: str, now_s: float) -> None:
+        """Count a guaranteed request for its contract's attainment; the tenant's own limits, its
+        own cancellations and a shutdown say nothing about us."""
+        account = self.ledger.account(tracked.request)
+        is_ours = code not in NOT_OURS
+        if account is not None and is_ours and tracked.tier == "guaranteed":
+            account.objective.observe(is_met, now_s)
 
     def _refuse(self, request: domain.GenerateRequest) -> Rejected | None:
         if self.is_draining:
@@ -85,34 +202,75 @@ class Requests:
                 f" {self._config.requests_max}",
                 RETRY_S,
             )
-        return refuse_worker(request, self._registry.workers.values()) or self._room.refuse_queue(
-            request.slo
-        )
+        pool = self._placer.pools.pool(request.model_id)
+        return refuse_worker(request, pool, len(self._registry.workers))
 
     def first_token(self, event: domain.FirstToken, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)
         if tracked is None:
             return
+        if not tracked.has_first_token:
+            tracked.ttft_s = event.ttft_s
+            self._placer.observe_ttft(tracked, now_s)
         tracked.has_first_token = True
+        tracked.num_strikes = 0
+        for worker_id in tracked.workers():
+            worker = self._registry.workers[worker_id]
+            worker.first_token(tracked.request_id)
+            self._ejector.succeeded(worker)
         if tracked.phase == "prefill":
             tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
 
-    def finished(self, event: domain.Finished) -> None:
+    def progressed(self, event: domain.Progressed) -> None:
+        tracked = self.tracked.get(event.request_id)
+        if tracked is None or tracked.epoch != event.epoch:
+            return
+        tracked.num_strikes = 0
+        for worker_id in tracked.workers():
+            self._registry.workers[worker_id].first_token(tracked.request_id)
+
+    def strike(self, worker: Worker, now_s: float) -> None:
+        """The worker died. Each request that it had given no id of yet may be why: from now on it
+        is tried alone until it goes on, so that a second death points at one request.
+
+        A poison request costs two workers; one that kills while it decodes costs one more, since
+        it is no suspect before it has been moved. Batch is tried where nothing else starts, but
+        others may join it: it must keep no interactive request waiting."""
+        unproven = [key for key, held in worker.reservations.items() if held.is_prefilling]
+        for request_id in unproven:
+            tracked = self.tracked[request_id]
+            tracked.num_strikes += 1
+            tracked.is_blamed = tracked.num_strikes > 1 and len(unproven) == 1
+        for tracked in self.tracked.values():  # our cancellation may have come too late
+            is_recent = now_s - tracked.left_at_s <= self._config.left_s_max
+            if tracked.left_worker == worker.worker_id and is_recent:
+                tracked.num_strikes += not tracked.has_first_token
+                tracked.left_worker = ""
+
+    def finished(self, event: domain.Finished, now_s: float) -> None:
         """Cancelling is free where nothing runs any more, and a stop string ends a sequence that
         its worker would go on with."""
         tracked = self.tracked.get(event.request_id)
         if tracked is None:
             return
+        if event.status == "failed" and tracked.workers():
+            self._ejector.failed(self._registry.workers[tracked.workers()[-1]])
         self._leave(tracked)
         if event.request_id in self._room:
             self._room.remove(tracked.request)
-        self._forget(tracked)
+        slo, ttft_s = tracked.request.slo, tracked.ttft_s
+        is_in_time = ttft_s is not None and ttft_s <= slo.ttft_s_p99
+        is_met = is_in_time and event.itl_s_p99 <= slo.itl_s_p99 and event.status == "completed"
+        self._judge(tracked, is_met, event.status, now_s)
+        output_tokens = event.output_tokens if event.status != "failed" else None
+        self._forget(tracked, output_tokens, now_s)
 
     def stalled(self, event: domain.Stalled, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)
         if tracked is None or tracked.epoch != event.epoch or not tracked.workers():
             return
         worker_id = tracked.workers()[-1]
+        self._ejector.failed(self._registry.workers[worker_id])
         tracked.refused_by(worker_id, False, now_s, self._config)
         self.move(tracked, worker_id, f"ids from {worker_id} stopped arriving", now_s)
 
@@ -122,6 +280,7 @@ class Requests:
             worker = self._registry.workers.get(worker_id)
             if worker is None or not worker.release(tracked.request_id):
                 continue
+            self._placer.pools.refile(worker)
             if worker_id != without and worker.status != "lost":
                 self._commands.append(
                     domain.CancelSequence(worker_id, tracked.request_id, tracked.epoch)
@@ -138,6 +297,10 @@ class Requests:
         tracked.num_moves += 1
         tracked.handoff_ready_at_s = None
         tracked.enter_phase("orphaned", now_s)
+        if tracked.is_blamed or tracked.num_strikes >= self._config.strikes_max:
+            text = f"{tracked.num_strikes} workers died with it before it went on; {why}"
+            self._reject(tracked, Rejected("poison", text, None), now_s)
+            return
         if tracked.num_moves > self._config.moves_max:
             text = f"lost its worker {tracked.num_moves} times, at most {self._config.moves_max}"
             self._reject(tracked, Rejected("retries_exhausted", f"{text}; {why}", None), now_s)
@@ -146,10 +309,14 @@ class Requests:
 
     def _reject(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
         self._decide_rejected(tracked, outcome, now_s)
-        self._forget(tracked)
+        self._judge(tracked, False, outcome.code, now_s)
+        self._forget(tracked, None, now_s)
 
-    def _forget(self, tracked: Tracked) -> None:
+    def _forget(self, tracked: Tracked, output_tokens: int | None, now_s: float) -> None:
+        """None: given up, and not billed. A request that no worker had is not billed either."""
         del self.tracked[tracked.request_id]
+        is_billed = output_tokens is not None and tracked.epoch > 0
+        self.ledger.settle(tracked.request_id, output_tokens or 0, is_billed, now_s)
         if tracked.request.slo.is_batch:
             return
         tenant_id = tracked.request.tenant_id
@@ -185,6 +352,11 @@ class Requests:
             case protocol.HandoffFailed():
                 why = f"handoff to {worker.worker_id} failed: {message.reason}"
                 if tracked.is_split_open:
+                    source = self._registry.workers.get(tracked.workers()[0])
+                    if source is not None:
+                        self._ejector.failed(source)
+                    if message.reason == "unreachable" and not tracked.has_first_token:
+                        tracked.num_strikes += 1  # it may have died of it; the news is on its way
                     tracked.recompute_s = now_s - tracked.phase_at_s
                     self.move(tracked, "", why, now_s)
 
@@ -197,11 +369,8 @@ class Requests:
         tracked.refused_by(worker.worker_id, is_final, now_s, self._config)
         tracked.move_reason = f"{worker.worker_id} refused it: {message.reason}"
         tracked.enter_phase("queued", now_s)
-        serving = [
-            other.worker_id
-            for other in self._registry.workers.values()
-            if other.has_model(tracked.request.model_id)
-        ]
+        pool = self._placer.pools.pool(tracked.request.model_id)
+        serving = list(pool.max_model_len) if pool else []
         if all(tracked.avoid_until_s.get(name) == float("inf") for name in serving):
             code = "prompt_too_long" if message.reason == "too_long" else "model_not_served"
             text = f"every worker refused it, {worker.worker_id} last: {message.reason}"
@@ -218,6 +387,7 @@ class Requests:
             return
         if prefill := self._registry.workers.get(placement.prefill_worker):
             prefill.release(tracked.request_id)
+            self._placer.pools.refile(prefill)
         pair = (placement.prefill_worker, placement.decode_worker)
         if tracked.handoff_ready_at_s is not None:
             # Not more than passed here. Bytes are those that the prediction counts with.
@@ -255,6 +425,49 @@ class Requests:
             tracked = self.tracked[request_id]
             self.move(tracked, worker.worker_id, f"{worker.worker_id} came back without it", now_s)
 
+    def joined(self, worker: Worker, now_s: float) -> None:
+        """A member, or one that is back, with what it still holds."""
+        self._placer.joined(worker)
+        self.reattach(worker, now_s)
+
+    def refile(self, worker: Worker) -> None:
+        """Its status, role or load has changed."""
+        self._placer.pools.refile(worker)
+
+    def forgotten(self, worker: Worker) -> None:
+        self._placer.forgotten(worker)
+        self._ejector.forget(worker.worker_id)
+
+    def balance(self, now_s: float) -> None:
+        """At each tick: who gets no work, and which requests start sooner elsewhere."""
+        workers = self._registry.workers
+        if now_s - self._swept_at_s >= SWEEP_S:
+            self._swept_at_s = now_s
+            models = {model.model_id for item in workers.values() for model in item.hello.models}
+            for model_id in sorted(models):
+                pool = [item for item in workers.values() if item.has_model(model_id)]
+                self._ejector.sweep(pool, now_s)
+        for worker in workers.values():
+            worker.is_out = not worker.is_accepting(now_s, self._config) or (
+                worker.is_ejected(now_s)
+            )
+            self.refile(worker)
+        for waiting in not_started(workers.values(), self.tracked, self._config):
+            found = self._placer.sooner(waiting, now_s)
+            if found is None:
+                continue
+            tracked = waiting.tracked
+            self._leave(tracked)
+            tracked.left_worker, tracked.left_at_s = waiting.worker_id, now_s
+            tracked.num_replaced += 1
+            tracked.move_reason = (
+                f"{found.candidates[0].worker_id} starts it in {found.queue_s * 1000.0:.0f} ms,"
+                f" {waiting.worker_id} in {waiting.wait_s * 1000.0:.0f} ms"
+            )
+            tracked.enter_phase("queued", now_s)
+            self._room.enter_moving(tracked.request, now_s)
+            self._placer.start_now(tracked, found, now_s)
+
     def expire(self, now_s: float) -> None:
         """End requests that have waited for longer than their class allows."""
         for request in self._room.overdue(now_s):
@@ -266,6 +479,7 @@ class Requests:
 
     def check_integrity(self) -> None:
         """Conservation laws that hold between any two events."""
+        self._placer.pools.check_integrity(self._registry.workers)
         for worker in self._registry.workers.values():
             worker.check_integrity()
             assert worker.status != "lost" or not worker.reservations, worker.worker_id
@@ -277,5 +491,6 @@ class Requests:
             for worker_id in tracked.workers():
                 held = self._registry.workers[worker_id].reservations
                 assert tracked.request_id in held, (tracked.request_id, worker_id)
+        self.ledger.check_integrity(self.tracked)
         online = [item for item in self.tracked.values() if not item.request.slo.is_batch]
         assert sum(self._num_by_tenant.values()) == len(online), self._num_by_tenant

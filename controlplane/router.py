@@ -1,17 +1,24 @@
 """Filter, score, pick: where one request runs now, or why it has to wait.
 
-Ties go to the worker with fewer requests, then to the lower id, so a replay routes the same way.
+Candidates in two stages: the holders of its prefix and a sample by load, so that the cost of a
+decision does not grow with the cluster. Among workers that are well in time the cheapest wins, and
+of equally cheap ones the fullest, which keeps others whole for batch and for role changes; among
+workers that are just in time, or late, the one that does least damage. Source: algorithms.md 2c
+(PolyServe's best fit, Preble's choice between cache and load).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from heapq import nsmallest
+from itertools import islice
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates, can_pair, choose, threshold_tokens
 from controlplane.domain import Candidate, Placement
+from controlplane.pools import LoadLevels, Pool
 from controlplane.registry import Worker
-from controlplane.scorers import Ask, measure, online_step
+from controlplane.scorers import Ask, Option, measure
+
+COST_EQUAL = 1.05  # costs within 5 % of the least are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,92 +32,143 @@ class Route:
     uncached_tokens: int
     threshold_tokens: int
     queue_s: float  # predicted wait on the best worker
-
-
-@dataclass(frozen=True, slots=True)
-class _Option:
-    worker: Worker
-    candidate: Candidate
-
-    @property
-    def order(self) -> tuple[bool, float, int, int, str]:
-        worker_id = self.worker.worker_id
-        return (
-            not self.candidate.eligible,
-            -self.candidate.score,
-            len(self.worker.reservations),
-            len(worker_id),
-            worker_id,
-        )
+    num_first: int = 1  # workers that may compute its prompt
 
 
 def route(
     ask: Ask,
-    workers: Sequence[Worker],
+    pool: Pool | None,
     rates: TransferRates,
     config: ControlPlaneConfig,
+    uniform: Callable[[], float],
     can_split: bool,
 ) -> Route:
-    """`workers` serve the model. `can_split` is False for a request that has lost its worker."""
+    """`pool` serves the model. `can_split` is False for a request that has lost its worker."""
+    if pool is None:
+        return _nowhere([], pool, config)
     if ask.request.slo.is_batch:
-        return _route_batch(ask, workers, config)
-    live = [worker for worker in workers if worker.status == "live"]
-    decoders = [worker for worker in live if worker.role != "prefill"]
-    prefillers = [worker for worker in live if worker.role == "prefill"]
+        return _route_batch(ask, pool, config, uniform)
+    decoders, prefillers = pool.decoders, pool.prefillers
     missing = ""
-    if not decoders:
-        decoders, prefillers = prefillers, []
+    if not len(decoders):
+        decoders, prefillers = prefillers, LoadLevels()
         missing = "no decode worker is live"
-    elif not prefillers:
+    elif not len(prefillers):
         missing = "no prefill worker is live"
-    options = _ranked(decoders, ask, config, is_prefill=False)
-    if not options or not options[0].candidate.eligible:
-        return _nowhere(options, workers, config)
-    local = options[0]
-    if not can_split or not prefillers:
+    options = _options(decoders, ask, config, uniform, is_prefill=False)
+    local = _pick(options, ask, config)
+    if local is None:
+        return _nowhere(options, pool, config)
+    if not can_split or not len(prefillers):
         why = missing or "a request that moves is computed where it goes on"
-        return _settle(ask, local.candidate, None, options, why, config)
-    return _with_split(ask, options, prefillers, rates, config)
+        return _settle(ask, local, None, options, len(decoders), why, config)
+    return _with_split(ask, local, options, pool, rates, config, uniform)
+
+
+def _options(
+    side: LoadLevels,
+    ask: Ask,
+    config: ControlPlaneConfig,
+    uniform: Callable[[], float],
+    is_prefill: bool,
+) -> list[Option]:
+    """Measured workers of one side. In a small cluster all; else the holders of the longest prefix
+    and a sample, and a larger sample when none of those can take it."""
+    if len(side) <= config.measure_all_max:
+        return [measure(worker, ask, config, is_prefill) for worker in side.all()]
+    holders = [worker for name in _longest(ask, config) if (worker := side.get(name))]
+    near = {worker.worker_id: worker for worker in holders}
+    for worker in side.sample(config.sampled_max, uniform):
+        near.setdefault(worker.worker_id, worker)
+    options = [measure(worker, ask, config, is_prefill) for worker in near.values()]
+    if not any(option.candidate.eligible for option in options):
+        for worker in side.sample(config.sampled_again, uniform):
+            if worker.worker_id not in near:
+                options.append(measure(worker, ask, config, is_prefill))
+    return options
+
+
+def _longest(ask: Ask, config: ControlPlaneConfig) -> list[str]:
+    """The workers that hold most of its prefix."""
+    hits = ask.hits
+    if len(hits) <= config.holders_measured:
+        return list(hits)
+    order = sorted(
+        hits, key=lambda name: (-hits[name].device_blocks - hits[name].host_blocks, name)
+    )
+    return order[: config.holders_measured]
+
+
+def _pick(options: Sequence[Option], ask: Ask, config: ControlPlaneConfig) -> Option | None:
+    """The best of the eligible ones; None without any."""
+    able = [option for option in options if option.candidate.eligible]
+    if not able:
+        return None
+    itl_s_max = config.fit_itl_share * ask.request.slo.itl_s_p99
+    easy = [
+        option
+        for option in able
+        if option.ttft_s_p99 <= config.fit_share * ask.ttft_s_left
+        and option.candidate.itl_s <= itl_s_max
+    ]
+    if easy:
+        cost_s_max = COST_EQUAL * min(option.cost_s for option in easy) + 1e-9
+        cheap = [option for option in easy if option.cost_s <= cost_s_max]
+        return min(cheap, key=lambda option: (-option.load, *worker_order(option.worker)))
+    ttft_s_max = (1.0 - config.late_margin) * ask.ttft_s_left
+    timely = [
+        option
+        for option in able
+        if option.ttft_s_p99 <= ttft_s_max and option.candidate.itl_s <= ask.request.slo.itl_s_p99
+    ]
+    return min(timely or able, key=lambda option: option.order)
+
+
+def worker_order(worker: Worker) -> tuple[int, str]:
+    """Oldest first: ids count up."""
+    return (len(worker.worker_id), worker.worker_id)
 
 
 def _with_split(
     ask: Ask,
-    options: list[_Option],
-    prefillers: Sequence[Worker],
+    local: Option,
+    options: list[Option],
+    pool: Pool,
     rates: TransferRates,
     config: ControlPlaneConfig,
+    uniform: Callable[[], float],
 ) -> Route:
-    local = options[0]
     model_id = ask.request.model_id
+    num_local, num_remote = len(pool.decoders), len(pool.prefillers)
+    uncached = ask.request.prompt_tokens - local.candidate.cached_tokens
+    floor = config.handoff_tokens_min
     eligible = [option for option in options if option.candidate.eligible]
     target = min(eligible, key=lambda option: (option.candidate.itl_s, option.order))
     per_token = target.worker.model(model_id).kv_bytes_per_token
     num_bytes = per_token * ask.request.prompt_tokens  # a transfer shares no cached block
     remotes = []
-    for option in _ranked(prefillers, ask, config, is_prefill=True):
+    for option in _options(pool.prefillers, ask, config, uniform, is_prefill=True):
         if not can_pair(option.worker, target.worker, model_id):
             continue
         pair = (option.worker.worker_id, target.worker.worker_id)
         moved_s = rates.transfer_s(pair, num_bytes)
         row = option.candidate
         row = replace(row, transfer_s=moved_s, ttft_s=row.ttft_s + moved_s)
-        remotes.append(_Option(option.worker, row))
-    every = sorted(options + remotes, key=lambda option: option.order)
+        remotes.append(replace(option, candidate=row, ttft_s_p99=option.ttft_s_p99 + moved_s))
+    every = options + remotes
     able = [option for option in remotes if option.candidate.eligible]
-    uncached = ask.request.prompt_tokens - local.candidate.cached_tokens
-    floor = config.handoff_tokens_min
     if not able and uncached < floor:
         why = f"{uncached} uncached tokens are below the handoff threshold of {floor}"
-        return _settle(ask, local.candidate, None, every, why, config, floor)
+        return _settle(ask, local, None, every, num_local, why, config, floor)
     if not able:
         why = remotes[0].candidate.reason if remotes else "its KV does not fit the decode worker"
         why = f"no prefill worker can take it: {why}"
-        return _settle(ask, local.candidate, None, every, why, config)
+        return _settle(ask, local, None, every, num_local, why, config)
     remote = min(able, key=lambda option: (option.candidate.ttft_s, option.order))
     pair = (remote.worker.worker_id, target.worker.worker_id)
     threshold = threshold_tokens(
         local.worker,
-        online_step(local.worker).rows,
+        local.worker.num_online_decoding,
         per_token * rates.seconds_per_byte(pair),
         config,
     )
@@ -118,102 +176,81 @@ def _with_split(
         uncached, threshold, local.candidate, remote.candidate, ask.ttft_s_left, config
     )
     if not is_handoff:
-        return _settle(ask, local.candidate, None, every, why, config, threshold)
+        return _settle(ask, local, None, every, num_local, why, config, threshold)
     if ask.request.output_tokens_max == 1:
-        alone = remote.candidate
-        alone = replace(alone, transfer_s=0.0, ttft_s=alone.ttft_s - alone.transfer_s)
+        row = remote.candidate
+        row = replace(row, transfer_s=0.0, ttft_s=row.ttft_s - row.transfer_s)
         why = f"{why}; its one output token ends it there, so nothing is handed off"
-        return _settle(ask, alone, None, every, why, config, threshold)
-    return _settle(ask, target.candidate, remote.candidate, every, why, config, threshold)
+        alone = replace(remote, candidate=row)
+        return _settle(ask, alone, None, every, num_remote, why, config, threshold)
+    return _settle(ask, target, remote, every, num_remote, why, config, threshold)
 
 
-def _ranked(
-    workers: Sequence[Worker], ask: Ask, config: ControlPlaneConfig, is_prefill: bool
-) -> list[_Option]:
-    near = _shortlist(workers, ask, config)
-    options = [_Option(worker, measure(worker, ask, config, is_prefill)) for worker in near]
-    return sorted(options, key=lambda option: option.order)
-
-
-def _shortlist(workers: Sequence[Worker], ask: Ask, config: ControlPlaneConfig) -> Sequence[Worker]:
-    """The workers worth measuring in a large cluster: those with the fewest prompt tokens to
-    compute before the first output id, their own cached ones taken off."""
-    if len(workers) <= config.measured_max:
-        return workers
-
-    def order(worker: Worker) -> tuple[bool, int, int, int, str]:
-        waiting = worker.load.prefill_tokens_waiting if worker.load else 0
-        tokens = waiting + worker.prefill_tokens_given - ask.cached_tokens(worker, config)
-        is_out = worker.worker_id in ask.avoid or not worker.is_accepting(ask.now_s, config)
-        return (is_out, tokens, worker.num_online, len(worker.worker_id), worker.worker_id)
-
-    return nsmallest(config.measured_max, workers, key=order)
-
-
-def _route_batch(ask: Ask, workers: Sequence[Worker], config: ControlPlaneConfig) -> Route:
+def _route_batch(
+    ask: Ask, pool: Pool, config: ControlPlaneConfig, uniform: Callable[[], float]
+) -> Route:
     """Any role will do: the step scheduler lets batch rows fill only what online rows leave."""
-    options = _ranked(workers, ask, config, is_prefill=False)
+    options = _options(pool.decoders, ask, config, uniform, is_prefill=False)
+    options += _options(pool.prefillers, ask, config, uniform, is_prefill=False)
     able = [option for option in options if option.candidate.eligible]
     if not able:
-        return _nowhere(options, workers, config)
+        return _nowhere(options, pool, config)
     best = min(
         able, key=lambda option: (option.worker.num_batch, option.worker.num_online, option.order)
     )
     why = "a batch line runs on one worker, in what online work leaves"
-    return _settle(ask, best.candidate, None, options, why, config)
+    return _settle(ask, best, None, options, len(able), why, config)
 
 
 def _settle(
     ask: Ask,
-    decode: Candidate,
-    prefill: Candidate | None,
-    options: Sequence[_Option],
+    decode: Option,
+    prefill: Option | None,
+    options: Sequence[Option],
+    num_first: int,
     why: str,
     config: ControlPlaneConfig,
     threshold: int = 0,
 ) -> Route:
     """Take the chosen worker(s), unless so much is queued there that waiting here is fairer."""
-    first = prefill or decode
+    first, last = (prefill or decode).candidate, decode.candidate
     uncached = ask.request.prompt_tokens - first.cached_tokens
-    rows = tuple(option.candidate for option in options)
-    chosen = {decode.worker_id, first.worker_id}
-    rows = tuple(row for row in rows if row.worker_id in chosen) + tuple(
-        row for row in rows if row.worker_id not in chosen
-    )
-    rows = rows[: config.candidates_max]
+    chosen = [prefill.candidate, last] if prefill else [last]
+    names = {row.worker_id for row in chosen}
+    others = [option for option in options if option.candidate.worker_id not in names]
+    others.sort(key=lambda option: option.order)
+    rows = (*chosen, *(option.candidate for option in others))[: config.candidates_max]
     hold_s = max(config.hold_s_min, ask.request.slo.ttft_s_p99)
     if first.queue_s > hold_s and not ask.request.slo.is_batch:
         reason = (
             f"{first.worker_id} has {first.queue_s * 1000.0:.0f} ms of prompts before it, more than"
             f" the {hold_s * 1000.0:.0f} ms that may wait at a worker"
         )
-        return Route(None, reason, why, rows, uncached, threshold, first.queue_s)
+        return Route(None, reason, why, rows, uncached, threshold, first.queue_s, num_first)
     placement = Placement(
         split="handoff" if prefill else "local",
         prefill_worker=first.worker_id,
-        decode_worker=decode.worker_id,
+        decode_worker=last.worker_id,
         predicted_ttft_s=first.ttft_s,
-        predicted_itl_s=decode.itl_s,
+        predicted_itl_s=last.itl_s,
     )
     where = (
-        f"{first.worker_id} computes the prompt, {decode.worker_id} decodes"
+        f"{first.worker_id} computes the prompt, {last.worker_id} decodes"
         if prefill
-        else f"{decode.worker_id} computes and decodes"
+        else f"{last.worker_id} computes and decodes"
     )
     reason = (
         f"{where}: predicted TTFT {first.ttft_s * 1000.0:.0f} ms (wait"
         f" {first.queue_s * 1000.0:.0f}, prefill"
         f" {first.prefill_s * 1000.0:.0f}, transfer {first.transfer_s * 1000.0:.0f}) against"
-        f" {ask.ttft_s_left * 1000.0:.0f} ms left, step {decode.itl_s * 1000.0:.0f} ms"
+        f" {ask.ttft_s_left * 1000.0:.0f} ms left, step {last.itl_s * 1000.0:.0f} ms"
     )
-    return Route(placement, reason, why, rows, uncached, threshold, first.queue_s)
+    return Route(placement, reason, why, rows, uncached, threshold, first.queue_s, num_first)
 
 
-def _nowhere(
-    options: Sequence[_Option], workers: Sequence[Worker], config: ControlPlaneConfig
-) -> Route:
+def _nowhere(options: Sequence[Option], pool: Pool | None, config: ControlPlaneConfig) -> Route:
     rows = tuple(option.candidate for option in options[: config.candidates_max])
-    why = [f"{row.worker_id}: {row.reason}" for row in rows]
-    if not why:
-        why = [f"{worker.worker_id}: {worker.status}" for worker in workers]
-    return Route(None, "; ".join(why[:3]) or "no worker serves the model", "", rows, 0, 0, 0.0)
+    why = [f"{row.worker_id}: {row.reason}" for row in rows[:3]]
+    if not why and pool is not None:
+        why = [f"{name}: {status}" for name, status in islice(pool.away.items(), 3)]
+    return Route(None, "; ".join(why) or "no worker serves the model", "", rows, 0, 0, 0.0)

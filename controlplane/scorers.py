@@ -3,19 +3,16 @@
 Only online work counts as load: batch rows and the KV they hold give way (design.md section 11).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
+from controlplane.calibration import Bucket, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import Candidate, GenerateRequest
-from controlplane.latency import (
-    CONTEXT_TILE,
-    StepFeatures,
-    prompt_context_token_s,
-    prompt_token_s,
-    step_s,
-)
-from controlplane.protocol import StepModel
-from controlplane.registry import Worker
+from controlplane.latency import CONTEXT_TILE
+from controlplane.prefixes import Hit
+from controlplane.registry import Pace, Worker
 
 TTFT_WEIGHT = 0.7  # start value: TTFT differs more between workers than a step does
 ROOM_S_MIN = 1e-3  # of a step, for prompts, however strict the ITL target is
@@ -29,15 +26,22 @@ class Ask:
     request: GenerateRequest
     now_s: float
     ttft_s_left: float
-    cached_blocks: dict[str, int]  # leading prefix blocks by worker, of the index's block size
+    hits: Mapping[str, Hit]  # leading prefix blocks by worker, of the index's block size
     avoid: frozenset[str]  # workers that have just refused it
+    is_surplus: bool = False
+    is_struck: bool = False
+    margin: Callable[[Bucket], float] = lambda bucket: 1.0  # of a TTFT's p99 over its mean
 
-    def cached_tokens(self, worker: Worker, config: ControlPlaneConfig) -> int:
-        """Prompt tokens that the worker need not compute, in whole blocks of its own size; the
-        last prompt token is always computed."""
-        tokens = self.cached_blocks.get(worker.worker_id, 0) * config.prefix_block_tokens
-        tokens = min(tokens, self.request.prompt_tokens - 1)
-        return tokens - tokens % worker.hello.block_tokens
+    def cached_tokens(self, worker: Worker, config: ControlPlaneConfig) -> tuple[int, int]:
+        """Prompt tokens that the worker need not compute, in whole blocks of its own size, and how
+        many of them come from its host tier; the last prompt token is always computed."""
+        hit = self.hits.get(worker.worker_id)
+        if hit is None:
+            return 0, 0
+        size, own = config.prefix_block_tokens, worker.hello.block_tokens
+        tokens = min((hit.device_blocks + hit.host_blocks) * size, self.request.prompt_tokens - 1)
+        tokens -= tokens % own
+        return tokens, max(0, tokens - hit.device_blocks * size)
 
 
 def blocks_needed(worker: Worker, request: GenerateRequest, output_tokens: int) -> int:
@@ -46,26 +50,22 @@ def blocks_needed(worker: Worker, request: GenerateRequest, output_tokens: int) 
     return -(-tokens // worker.hello.block_tokens)
 
 
-def prefill_s(
-    model: StepModel, start: int, tokens: int, beside: StepFeatures, itl_s: float
-) -> float:
-    """Seconds to compute prompt tokens [start, start + tokens) in chunks beside decode rows.
+def prefill_s(pace: Pace, start: int, tokens: int, itl_s: float) -> float:
+    """Seconds to compute prompt tokens [start, start + tokens) in chunks beside its decode rows.
 
     Each step may last `itl_s`; what the decode rows (or an empty step's base) take of it is paid
     once per chunk. Source: algorithms.md 2d, F_local = W + u·g·theta / (theta - A_dec).
     """
-    passes = -(-tokens // CONTEXT_TILE)
-    work_s = prompt_token_s(model) * tokens
-    work_s += prompt_context_token_s(model) * passes * (start + (tokens + 1) // 2)
-    fixed_s = max(model.base_s, step_s(model, beside))
+    work_s = prompt_work_s(pace, start, tokens)
+    fixed_s = max(pace.model.base_s, pace.beside_s)
     room_s = max(itl_s - fixed_s, ROOM_SHARE_MIN * itl_s, ROOM_S_MIN)
-    num_steps = max(1, int(-(-work_s // room_s)))
-    return num_steps * fixed_s + work_s
+    return max(1, ceil(work_s / room_s)) * fixed_s + work_s
 
 
-def online_step(worker: Worker) -> StepFeatures:
-    """The decode step of the online sequences placed on the worker."""
-    return StepFeatures(worker.num_online_decoding, worker.online_context_tokens)
+def prompt_work_s(pace: Pace, start: int, tokens: int) -> float:
+    """Marginal seconds of prompt tokens [start, start + tokens): u·g + attention."""
+    passes = -(-tokens // CONTEXT_TILE)
+    return pace.token_s * tokens + pace.chunk_context_s * passes * (start + (tokens + 1) // 2)
 
 
 def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, output: int) -> str:
@@ -76,68 +76,107 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
     if worker.is_suspect(ask.now_s, config):
         silent_s = ask.now_s - worker.heard_at_s
         return f"nothing heard for {silent_s:.1f} s, in one step for {worker.busy_s:.1f} s"
+    if worker.is_ejected(ask.now_s):
+        return f"ejected for another {worker.ejected_until_s - ask.now_s:.0f} s"
+    if worker.num_struck or (ask.is_struck and worker.num_unproven):
+        return "a request that may have killed a worker is tried alone"
     if worker.worker_id in ask.avoid:
         return "refused this request a moment ago"
-    model = worker.model(request.model_id)
     total = request.prompt_tokens + request.output_tokens_max
-    if total > model.max_model_len:
-        return f"prompt and output of {total} tokens, at most {model.max_model_len}"
+    max_model_len = worker.max_model_len[request.model_id]
+    if total > max_model_len:
+        return f"prompt and output of {total} tokens, at most {max_model_len}"
     if request.slo.is_batch:
         if worker.num_batch >= config.batch_rows_max:
             return f"{worker.num_batch} batch sequences, at most {config.batch_rows_max}"
     elif worker.num_online >= config.sequences_max:
         return f"{worker.num_online} online sequences, at most {config.sequences_max}"
     needed = blocks_needed(worker, request, output)
-    free = worker.blocks_free(request.slo.is_batch)
-    if request.slo.is_batch:
+    pace = worker.pace
+    free = pace.blocks_free_batch if request.slo.is_batch else pace.blocks_free
+    if request.slo.is_batch or (ask.is_surplus and worker.num_online):
         free -= int(config.batch_kv_reserve * worker.hello.num_blocks)
     if needed > free:
         return f"needs {needed} KV blocks, {max(0, free)} free"
     return ""
 
 
-def measure(worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bool) -> Candidate:
-    """The worker's candidate row: `is_prefill` asks for the prompt only, else for all of it."""
-    request = ask.request
-    model = worker.step_model
-    beside = online_step(worker)
-    cached = ask.cached_tokens(worker, config)
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A worker with its row, and what choosing between rows takes beyond it."""
+
+    worker: Worker
+    candidate: Candidate
+    ttft_s_p99: float
+    cost_s: float  # GPU-seconds of its prompt, and what it adds to the steps of others
+    load: float  # share of the worker's rows in use
+
+    @property
+    def order(self) -> tuple[bool, float, int, int, str]:
+        """Best score first; ties by requests, then by age of the worker."""
+        worker_id = self.worker.worker_id
+        return (
+            not self.candidate.eligible,
+            -self.candidate.score,
+            len(self.worker.reservations),
+            len(worker_id),
+            worker_id,
+        )
+
+
+def measure(
+    worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bool, transfer_s: float = 0.0
+) -> Option:
+    """What the worker would do: `is_prefill` asks for the prompt only, else for all of it."""
+    request, pace = ask.request, worker.pace
+    cached, restored = ask.cached_tokens(worker, config)
     itl_target_s = request.slo.itl_s_p99
-    queue_s = _wait_s(worker, ask)
-    own_s = prefill_s(model, cached, request.prompt_tokens - cached, beside, itl_target_s)
-    joined = beside.with_tokens(request.prompt_tokens, 1)
-    itl_s = step_s(model, joined)
+    queue_s = _wait_s(worker, pace, ask)
+    uncached = request.prompt_tokens - cached
+    restore_s = config.restore_share * pace.token_s * restored
+    own_s = prefill_s(pace, cached, uncached, itl_target_s) + restore_s
+    added_s = pace.row_s + pace.model.per_context_token_s * (request.prompt_tokens + 1)
+    itl_s = (pace.beside_s or pace.model.base_s) + added_s
     output = 1 if is_prefill else request.output_tokens_max
     reason = ineligible_reason(worker, ask, config, output)
-    ttft_s = queue_s + own_s
-    return Candidate(
-        worker_id=worker.worker_id,
-        role=worker.role,
-        eligible=not reason,
-        reason=reason,
-        queue_s=queue_s,
-        prefill_s=own_s,
-        transfer_s=0.0,
-        ttft_s=ttft_s,
-        itl_s=itl_s,
-        cached_tokens=cached,
-        free_blocks=max(0, worker.blocks_free(request.slo.is_batch)),
-        score=score(ttft_s, ask.ttft_s_left, itl_s, itl_target_s),
+    ttft_s = queue_s + own_s + transfer_s
+    free = pace.blocks_free_batch if request.slo.is_batch else pace.blocks_free
+    candidate = Candidate(
+        worker.worker_id,
+        worker.role,
+        not reason,
+        reason,
+        queue_s,
+        own_s,
+        transfer_s,
+        ttft_s,
+        itl_s,
+        cached,
+        max(0, free),
+        score(ttft_s, ask.ttft_s_left, itl_s, itl_target_s),
+    )
+    work_s = prompt_work_s(pace, cached, uncached) + restore_s
+    others_s = 0.0 if is_prefill else added_s * pace.beside.rows
+    return Option(
+        worker,
+        candidate,
+        ask.margin(bucket_of(queue_s, cached, is_prefill)) * ttft_s,
+        work_s + others_s,
+        worker.num_online / config.sequences_max,
     )
 
 
-def _wait_s(worker: Worker, ask: Ask) -> float:
+def _wait_s(worker: Worker, pace: Pace, ask: Ask) -> float:
     """Until the prompt starts: prompts given before it, less what the step in hand has done of
     them, or else the rest of that step."""
     load = worker.load
-    beside = online_step(worker)
     itl_s = ask.request.slo.itl_s_p99
-    reported = load.prefill_tokens_waiting if load else 0
-    ahead = reported + worker.prefill_tokens_given
-    wait_s = prefill_s(worker.step_model, 0, ahead, beside, itl_s) if ahead else 0.0
+    ahead = pace.ahead_tokens_all if ask.is_surplus else pace.ahead_tokens
+    reported = min(ahead, load.prefill_tokens_waiting) if load else 0
+    wait_s = prefill_s(pace, 0, ahead, itl_s) if ahead else 0.0
     in_step_s = worker.busy_s + max(0.0, ask.now_s - worker.heard_at_s)
     if reported:
-        done_s = prefill_s(worker.step_model, 0, reported, beside, itl_s)
+        done_s = wait_s if reported == ahead else prefill_s(pace, 0, reported, itl_s)
         wait_s = max(0.0, wait_s - min(in_step_s, done_s))
     elif load and load.running_online + load.running_batch + load.waiting_batch:
         wait_s += max(0.0, load.predicted_s - in_step_s)

@@ -39,12 +39,15 @@ def _worker(
         heard_ago_s=max(0.0, now_s - worker.heard_at_s),
         load=worker.load,
         requests=len(worker.reservations),
-        exception=_exception(worker, roles),
+        exception=_exception(worker, roles, now_s),
     )
 
 
-def _exception(worker: Worker, roles: set[Role]) -> str:
-    """Roles are preferences: says when a worker does the other role's work too."""
+def _exception(worker: Worker, roles: set[Role], now_s: float) -> str:
+    """Why it gets no work; or, roles being preferences, that it does the other role's work too."""
+    if worker.is_ejected(now_s):
+        left_s = worker.ejected_until_s - now_s
+        return f"gets no work for another {left_s:.0f} s: {worker.eject_reason}"
     if worker.status != "live" or "mixed" in roles:
         return ""
     if worker.role == "prefill" and "decode" not in roles:

@@ -1,5 +1,6 @@
 """Rows of the console, and the rules of one row."""
 
+from console.models.contracts import ContractRow
 from console.models.files import Batch, BatchLine, File
 from console.models.fleet import Model, SLOClassRow, Worker, ensure_default_classes
 from console.models.requests import PlanRecord, RequestRecord
@@ -10,6 +11,7 @@ __all__ = [
     "ApiToken",
     "Batch",
     "BatchLine",
+    "ContractRow",
     "File",
     "Model",
     "PlanRecord",

@@ -1,16 +1,23 @@
 """Runs the simulator as a process of its own: one JSON object on stdout, progress on stderr.
+`swarm` prints a line per finding and one at the end instead.
 
 python -m controlplane.sim coserve [--sweep]      interactive and batch work on one worker
 python -m controlplane.sim latency                honesty of the latency model
+python -m controlplane.sim router                 cost of a routing decision, in real time
+python -m controlplane.sim swarm [--seeds N]      whole clusters under faults, all laws checked
+python -m controlplane.sim swarm --seed S --shrink    one of them again, and made smaller
 """
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import sys
 import time
+from collections import Counter
 
 from controlplane import kappas
-from controlplane.sim import coserve, coverage
+from controlplane.sim import coserve, coverage, routerbench, scenario, shrink, swarm
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)
@@ -68,6 +75,53 @@ def run_latency(options: argparse.Namespace) -> dict[str, object]:
     return coverage.audit(scene, kappa, options.seed)
 
 
+def run_router(options: argparse.Namespace) -> dict[str, object]:
+    return routerbench.run(options.blocks, options.decisions, options.repeats, time.perf_counter)
+
+
+def run_swarm(options: argparse.Namespace) -> int:
+    """Exit code 1 when a law was broken."""
+    if options.seed is not None:
+        return replay(options.seed, options.shrink)
+    seeds = range(options.first, options.first + options.seeds)
+    outcomes = []
+    with multiprocessing.Pool(options.processes) as pool:
+        for outcome in pool.imap_unordered(play, seeds, chunksize=10):
+            outcomes.append(outcome)
+            if outcome.violation:
+                command = f"python -m controlplane.sim swarm --seed {outcome.seed} --shrink"
+                print(f"seed {outcome.seed}: {outcome.violation[:200]}\n  {command}", flush=True)
+            if len(outcomes) % 200 == 0:
+                say(f"{len(outcomes)} of {options.seeds} seeds")
+    events = sorted(outcome.num_events for outcome in outcomes)
+    reached = Counter(name for outcome in outcomes for name in outcome.reached)
+    say(f"events of a seed: median {events[len(events) // 2]}, least {events[0]}")
+    say(f"seeds that reached: {dict(sorted(reached.items()))}")
+    violations = sum(bool(outcome.violation) for outcome in outcomes)
+    print(f"sim: seeds={len(outcomes)} events={sum(events)} violations={violations}", flush=True)
+    return 1 if violations else 0
+
+
+def play(seed: int) -> swarm.Outcome:
+    return swarm.run(scenario.draw(seed))
+
+
+def replay(seed: int, is_shrunk: bool) -> int:
+    drawn = scenario.draw(seed)
+    outcome = swarm.run(drawn, keeps_commands=True)
+    digest = hashlib.sha256(repr(outcome.commands).encode()).hexdigest()
+    print(f"seed {seed}: {outcome.num_events} events, commands {digest[:16]}, {outcome.ends}")
+    print(f"  {outcome.violation or 'no law was broken'}")
+    if outcome.violation and is_shrunk:
+        smaller, num_runs = shrink.shrink(drawn, outcome.law)
+        print(f"after {num_runs} runs: {len(smaller.arrivals)} arrivals, faults:")
+        for fault in smaller.faults:
+            print(f"  {fault}")
+        for arrival in smaller.arrivals:
+            print(f"  {arrival}")
+    return 1 if outcome.violation else 0
+
+
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m controlplane.sim")
     commands = main.add_subparsers(dest="command", required=True)
@@ -83,12 +137,25 @@ def parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--itl", type=float, default=0.05, help="target in seconds")
+    router = commands.add_parser("router")
+    router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
+    router.add_argument("--decisions", type=int, default=2_000, help="timed in each repeat")
+    router.add_argument("--repeats", type=int, default=5)
+    command = commands.add_parser("swarm")
+    command.add_argument("--seeds", type=int, default=200)
+    command.add_argument("--first", type=int, default=0, help="the first seed")
+    command.add_argument("--processes", type=int, default=2)
+    command.add_argument("--seed", type=int, help="only this one")
+    command.add_argument("--shrink", action="store_true", help="make a failing one smaller")
     return main
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    run = {"coserve": run_coserve, "latency": run_latency}[options.command]
+    if options.command == "swarm":
+        return run_swarm(options)
+    runs = {"coserve": run_coserve, "latency": run_latency, "router": run_router}
+    run = runs[options.command]
     print(json.dumps(run(options)))
     return 0
 

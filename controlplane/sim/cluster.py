@@ -9,7 +9,9 @@ from functools import partial
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
+from controlplane.invariants import Watch
 from controlplane.plane import ControlPlane
+from controlplane.sim import laws
 from controlplane.sim.events import Events
 from controlplane.sim.worker import Key, ModelledWorker, output_id
 
@@ -17,7 +19,21 @@ TICK_S = 0.1
 HEARTBEAT_S = 1.0
 MESSAGE_S_MAX = 0.02
 TRANSFER_BYTES_S = 1e9
+RESEND_S, STALLED_S = 0.5, 2.0  # console/fleet.py
+RESTART_S = 2.0  # of a worker process that died by itself
+SCAN_EVERY = 100  # events
+POISON_KILLS_MAX = 2
 SECRET = b"simulated cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Shares of the frames from workers that the network treats badly."""
+
+    duplicated: float = 0.0
+    reordered: float = 0.0
+    delayed: float = 0.0
+    delay_s_max: float = 0.5
 
 
 @dataclass(slots=True)
@@ -26,9 +42,14 @@ class Stream:
 
     request: domain.GenerateRequest
     prompt_ids: list[int]
+    tokens: int  # of its true output, at which a stop string ends it; nobody else knows
     epoch: int = 0
     ids: list[int] = field(default_factory=list)
     end: str = ""
+    seen_tokens: int = 0  # a report has spoken of ids up to here
+    is_gap_watched: bool = False
+    progressed_epoch: int = 0
+    decode_worker: str = ""
 
 
 @dataclass(slots=True)
@@ -43,6 +64,8 @@ class Member:
     is_connected: bool = False
     is_dead: bool = False
     frozen_until_s: float = 0.0
+    cut_off_until_s: float = 0.0  # partitioned: frames wait
+    slow_factor: float = 1.0
     sent_until_s: float = 0.0  # links keep their order
     received_until_s: float = 0.0
 
@@ -56,8 +79,16 @@ class Cluster:
         self.members: list[Member] = []
         self.streams: dict[str, Stream] = {}
         self.commands: list[domain.Command] = []
-        self.ready: set[Key] = set()  # prefills whose KV waits for its peer
-        self._transfer_failures = transfer_failures
+        self.frames = Frames()
+        self.poison: dict[str, int] = {}  # requests that kill their worker, and how often they did
+        self.replaced: set[str] = set()  # requests that were moved before their start
+        self.reached: set[str] = set()  # rare states
+        self.num_scans = 0
+        self._config = config
+        self._contracts: tuple[domain.Contract, ...] = ()
+        self.watch = Watch(SECRET)
+        self._num_handled = 0
+        self.transfer_failures = transfer_failures
         self.events.after(TICK_S, self._tick)
 
     def _tick(self) -> None:
@@ -65,13 +96,47 @@ class Cluster:
         self.events.after(TICK_S, self._tick)
 
     def handle(self, event: domain.Event) -> None:
-        commands = self.plane.handle(event, self.events.now_s, self.events.random.random)
-        self.plane.check_integrity()
+        now_s = self.events.now_s
+        commands = self.plane.handle(event, now_s, self.events.random.random)
+        self.watch.after(event, commands, now_s)
+        self._num_handled += 1
+        if self._num_handled % SCAN_EVERY == 0:
+            self.scan()
         self.commands += commands
         for command in commands:
             self._execute(command)
 
+    def scan(self) -> None:
+        """All laws on all state."""
+        self.num_scans += 1
+        self.watch.scan(self.plane, self.events.now_s)
+        workers = [member.worker for member in self.members if not member.is_dead]
+        laws.check_workers([(worker.pool, worker.sequences) for worker in workers])
+
     # --- what a scenario does
+
+    def set_contracts(self, contracts: tuple[domain.Contract, ...]) -> None:
+        self._contracts = contracts
+        self.handle(domain.ContractsSet(contracts))
+
+    def partition(self, member: Member, seconds: float) -> None:
+        """Frames in both directions wait; neither side is told."""
+        member.cut_off_until_s = max(member.cut_off_until_s, self.events.now_s + seconds)
+
+    def restart_plane(self) -> None:
+        """kill -9 of the console: its streams break, its memory is gone, workers dial in again."""
+        self.reached.add("plane restarted")
+        for stream in self.streams.values():
+            stream.end = stream.end or "gateway_lost"
+        self.plane = ControlPlane(self._config, SECRET)
+        self.watch = Watch(SECRET)
+        self.handle(domain.ContractsSet(self._contracts))
+        for member in self.members:
+            member.worker_id, member.is_connected = "", False
+            if not member.is_dead:
+                for key in list(member.worker.sequences):
+                    member.worker.drop(key)
+                self._reconnect_later(member)
 
     def add(self, hello: protocol.Hello) -> Member:
         """A new worker process joins."""
@@ -96,9 +161,18 @@ class Cluster:
         self._disconnect(member)
         self.events.after(self.events.random.uniform(0.1, 5.0), partial(self._connect, member))
 
-    def submit(self, request: domain.GenerateRequest) -> None:
-        prompt_ids = [self.events.random.randrange(50_000) for _ in range(request.prompt_tokens)]
-        self.streams[request.request_id] = Stream(request, prompt_ids)
+    def submit(
+        self,
+        request: domain.GenerateRequest,
+        tokens: int | None = None,
+        prompt_ids: list[int] | None = None,
+    ) -> None:
+        """`tokens` are those of the true output, by default all that may be."""
+        if prompt_ids is None:
+            chance = self.events.random
+            prompt_ids = [chance.randrange(50_000) for _ in range(request.prompt_tokens)]
+        tokens = request.output_tokens_max if tokens is None else tokens
+        self.streams[request.request_id] = Stream(request, prompt_ids, tokens)
         self.handle(domain.Submit(request))
 
     def cancel(self, request_id: str) -> None:
@@ -112,6 +186,9 @@ class Cluster:
 
     def _connect(self, member: Member) -> None:
         if member.is_dead or member.is_connected:
+            return
+        if self.events.now_s < member.cut_off_until_s:
+            self.events.at(member.cut_off_until_s, partial(self._connect, member))
             return
         proof = None
         if member.worker_id:
@@ -132,20 +209,30 @@ class Cluster:
             closed = domain.WorkerClosed(member.worker_id, member.epoch)
             self.events.after(MESSAGE_S_MAX, partial(self.handle, closed))
 
-    def _delay(self, until_s: float) -> float:
+    def _delay(self, until_s: float, member: Member) -> float:
         """When a message sent now arrives on a link that keeps its order."""
-        return max(until_s, self.events.now_s + self.events.random.uniform(0.0, MESSAGE_S_MAX))
+        delay_s = self.events.random.uniform(0.0, MESSAGE_S_MAX)
+        return max(until_s, self.events.now_s + delay_s, member.cut_off_until_s)
 
     def _send(self, member: Member, message: object) -> None:
         """To the plane. Of what is sent on a broken link half is lost, and half arrives all the
         same, under the epoch of that connection."""
         if not member.is_connected and self.events.random.random() < 0.5:
             return
-        member.sent_until_s = self._delay(member.sent_until_s)
-        event = partial(self._receive, member.worker_id, member.epoch, message)
-        self.events.at(member.sent_until_s, event)
+        at_s = member.sent_until_s = self._delay(member.sent_until_s, member)
+        event = partial(self._receive, member.worker_id, member.epoch, message, self.plane)
+        frames, chance = self.frames, self.events.random
+        if frames.delayed and chance.random() < frames.delayed:
+            at_s = member.sent_until_s = at_s + chance.uniform(0.0, frames.delay_s_max)
+        if frames.reordered and chance.random() < frames.reordered:
+            at_s += chance.uniform(0.0, 10.0 * MESSAGE_S_MAX)  # the next ones overtake it
+        if frames.duplicated and chance.random() < frames.duplicated:
+            self.events.at(at_s + chance.uniform(0.0, 5.0 * MESSAGE_S_MAX), event)
+        self.events.at(at_s, event)
 
-    def _receive(self, worker_id: str, epoch: int, message: object) -> None:
+    def _receive(self, worker_id: str, epoch: int, message: object, plane: ControlPlane) -> None:
+        if plane is not self.plane:  # sent to a console that is gone
+            return
         if isinstance(message, protocol.StepReport):
             for report in message.sequences:
                 self._journal(report)
@@ -169,6 +256,8 @@ class Cluster:
         match command:
             case domain.Greet(connection_id, message):
                 member = self.members[int(connection_id)]
+                if not member.is_connected:
+                    return
                 assert isinstance(message, protocol.Welcome), message
                 member.worker_id, member.epoch = message.worker_id, message.epoch
                 member.resume_secret = message.resume_secret
@@ -180,7 +269,8 @@ class Cluster:
             case domain.Dispatch(worker_id):
                 member = self._member(worker_id)
                 stream = self.streams[command.request_id]
-                stream.epoch = command.epoch
+                stream.epoch, stream.seen_tokens = command.epoch, len(stream.ids)
+                stream.decode_worker = worker_id  # of two stages decode is dispatched last
                 assert not stream.end, f"{command.request_id} was dispatched after its end"
                 self._to_worker(worker_id, partial(self._assign, member, self._message(command)))
             case domain.CancelSequence(worker_id, request_id, epoch):
@@ -188,15 +278,31 @@ class Cluster:
                 self._to_worker(worker_id, partial(worker.drop, (request_id, epoch)))
             case domain.Reattach(worker_id, request_id, epoch):
                 member = self._member(worker_id)
+                self.reached.add("reattached")
                 self._to_worker(worker_id, partial(self._resend, member, (request_id, epoch)))
             case domain.SendRole(worker_id, role):
                 self._member(worker_id).worker.role = role
             case domain.SendDrain(worker_id):
                 self._member(worker_id).worker.is_draining = True
+            case domain.FailoverCounted(epoch=epoch):
+                self.reached.add("failover" if epoch < 3 else "failover again")
+            case domain.HandoffCounted(recomputed_tokens=tokens):
+                self.reached.add("handoff recomputed" if tokens else "handoff")
+            case domain.Decided(request_id, domain.Placed(_, _, demotion), record):
+                if demotion is not None:
+                    self.reached.add(f"surplus {demotion.code}")
+                if "starts it in" in record.reason:
+                    self.reached.add("moved before its start")
+                    self.replaced.add(request_id)
+                if "died with it" in record.reason or "no_kv_room" in record.reason:
+                    self.reached.add("no KV room")
             case domain.Decided(request_id, domain.Rejected() as rejected):
+                self.reached.add(rejected.code)
                 stream = self.streams[request_id]
                 assert not stream.end, f"{request_id} ended as {stream.end} and was rejected"
                 stream.end = rejected.code
+            case domain.PlanChanged(by="planner"):
+                self.reached.add("planner flip")
             case _:
                 pass
 
@@ -208,7 +314,7 @@ class Cluster:
 
     def _to_worker(self, worker_id: str, action: partial[None]) -> None:
         member = self._member(worker_id)
-        member.received_until_s = self._delay(member.received_until_s)
+        member.received_until_s = self._delay(member.received_until_s, member)
         act = partial(self._act, member, member.epoch, action)
         self.events.at(member.received_until_s, act)
 
@@ -224,7 +330,11 @@ class Cluster:
             delivered=list(stream.ids),
             sampling=protocol.Sampling(stream.request.output_tokens_max),
             targets=protocol.ClassTargets(
-                slo.name, slo.rank, slo.ttft_s_p99, slo.itl_s_p99, slo.is_batch
+                slo.name,
+                slo.rank,
+                slo.ttft_s_p99 if command.tier == "guaranteed" else 0.0,
+                slo.itl_s_p99,
+                slo.is_batch,
             ),
             salt=stream.request.tenant_id.encode(),
             handoff_out=command.handoff_out,
@@ -265,7 +375,7 @@ class Cluster:
             again = partial(self._fetch, member, key, address, limit_s)
             self.events.after(0.01, partial(self._act, member, 0, again))
             return
-        if not reason and self.events.random.random() < self._transfer_failures:
+        if not reason and self.events.random.random() < self.transfer_failures:
             reason = "checksum"
         if reason:
             member.worker.drop(key)
@@ -283,12 +393,26 @@ class Cluster:
         if member.worker.plan is not None:
             return
         seconds = member.worker.start_step(self.events.now_s)
-        if seconds is not None:
-            done = partial(self._step_done, member)
-            self.events.after(seconds, partial(self._act, member, 0, done))
+        if seconds is None:
+            return
+        plan = member.worker.plan
+        assert plan is not None
+        for row in plan.rows if self.poison else ():
+            name = row.sequence.request_id
+            if name in self.poison:
+                self.poison[name] += 1
+                limit = POISON_KILLS_MAX + (name in self.replaced)  # two workers may start it then
+                assert self.poison[name] <= limit, f"I13: {name} killed {self.poison}"
+                self.reached.add("poison")
+                self.kill(member)
+                self.events.after(RESTART_S, partial(self.add, member.facts))
+                return
+        seconds *= member.slow_factor
+        done = partial(self._step_done, member, seconds)
+        self.events.after(seconds, partial(self._act, member, 0, done))
 
-    def _step_done(self, member: Member) -> None:
-        reports, ready = member.worker.finish_step(self.events.now_s)
+    def _step_done(self, member: Member, seconds: float) -> None:
+        reports, ready = member.worker.finish_step(self.events.now_s, seconds)
         self._send(member, protocol.StepReport(reports, member.worker.load()))
         for key in ready:
             self._send(member, protocol.HandoffReady(*key, 1, 1000))
@@ -308,17 +432,55 @@ class Cluster:
         stream = self.streams[report.request_id]
         if stream.end or report.epoch != stream.epoch:
             return
-        fresh = report.token_ids[len(stream.ids) - report.seq :] if report.token_ids else []
-        if report.seq > len(stream.ids):  # ids were lost with an older connection
-            self.handle(domain.Stalled(report.request_id, report.epoch))
+        have = len(stream.ids)
+        stream.seen_tokens = max(stream.seen_tokens, report.seq + len(report.token_ids))
+        if report.seq > have:  # ids were lost with an older connection, or are late
+            self._watch_gap(stream)
             return
+        fresh = report.token_ids[have - report.seq :]
+        if report.token_ids and not fresh:
+            self.reached.add("duplicate dropped")
         if fresh and not stream.ids:
             ttft_s = self.events.now_s - stream.request.arrived_at_s
             self.handle(domain.FirstToken(report.request_id, ttft_s))
+        if fresh and stream.epoch > 1 and stream.progressed_epoch != stream.epoch:
+            stream.progressed_epoch = stream.epoch
+            self.handle(domain.Progressed(report.request_id, stream.epoch))
         for token_id in fresh:
-            assert token_id == output_id(stream.prompt_ids, len(stream.ids)), report
+            expected = output_id(stream.prompt_ids, len(stream.ids))
+            assert token_id == expected, f"I3: {token_id} for {expected} in {report}"
             stream.ids.append(token_id)
-        if report.finish_reason == "length":
-            assert len(stream.ids) == stream.request.output_tokens_max, report
-            stream.end = "completed"
-            self.handle(domain.Finished(report.request_id, "completed", len(stream.ids)))
+            if len(stream.ids) == stream.tokens:  # a stop string: what follows is dropped
+                stream.end = "completed"
+                self.handle(domain.Finished(report.request_id, "completed", len(stream.ids)))
+                return
+        assert report.finish_reason != "length", f"I3: {report} ends {stream}"
+        if len(stream.ids) < stream.seen_tokens:
+            self._watch_gap(stream)
+
+    def _watch_gap(self, stream: Stream) -> None:
+        """As console/fleet.py: ask again after half a second, move the request after two."""
+        if stream.is_gap_watched:
+            return
+        stream.is_gap_watched = True
+        self.reached.add("gap")
+        key = (stream.request.request_id, stream.epoch)
+        self.events.after(RESEND_S, partial(self._ask_again, stream, key))
+        self.events.after(STALLED_S, partial(self._give_up, stream, key))
+
+    def _has_gap(self, stream: Stream, key: Key) -> bool:
+        is_current = not stream.end and stream.epoch == key[1]
+        return is_current and len(stream.ids) < stream.seen_tokens
+
+    def _ask_again(self, stream: Stream, key: Key) -> None:
+        if self._has_gap(stream, key):
+            member = self._member(stream.decode_worker)
+            self._to_worker(stream.decode_worker, partial(self._resend, member, key))
+
+    def _give_up(self, stream: Stream, key: Key) -> None:
+        stream.is_gap_watched = False
+        if self._has_gap(stream, key):
+            self.reached.add("stalled")
+            self.handle(domain.Stalled(*key))
+        elif self._has_gap(stream, (key[0], stream.epoch)):  # it has moved meanwhile
+            self._watch_gap(stream)

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from itertools import count
 
+Chance = random.Random
+
 EVENTS_MAX = 1_000_000  # waiting at once; more means that something schedules itself for ever
 
 

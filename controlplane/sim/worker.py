@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 
 from controlplane import protocol
 from controlplane.latency import LatencyModel
+from controlplane.sim import laws
 from gpuworkers import blocks, scheduler
 from gpuworkers.sequence import Sequence, from_assign
 
@@ -83,15 +84,21 @@ class ModelledWorker:
         )
         plan = scheduler.plan(now_s, state, self.model, self.policy)
         self.plan = plan if plan.rows else None
+        laws.check_plan(plan, state)
         return plan.predicted_s if plan.rows else None
 
-    def finish_step(self, now_s: float) -> tuple[list[protocol.SequenceReport], list[Key]]:
-        """Record the step in hand: reports with new ids, and prefills that wait for their peer."""
+    def finish_step(
+        self, now_s: float, seconds: float
+    ) -> tuple[list[protocol.SequenceReport], list[Key]]:
+        """Record the step in hand, which took so long: reports with new ids, and prefills that wait
+        for their peer."""
         assert self.plan is not None
         plan, self.plan = self.plan, None
         self.num_steps += 1
-        self._last_s = plan.predicted_s
-        self._online_s += plan.predicted_s * plan.num_online / len(plan.rows)
+        if seconds != plan.predicted_s:  # else there is nothing to learn
+            self.model.observe(plan.features, seconds)
+        self._last_s = seconds
+        self._online_s += seconds * plan.num_online / len(plan.rows)
         reports, ready = [], []
         for row in plan.rows:
             sequence = row.sequence
@@ -116,7 +123,6 @@ class ModelledWorker:
                 sequence.phase = "leased"
                 self.pool.lease(sequence.key)
                 ready.append(sequence.key)
-        self.pool.check_integrity()
         return reports, ready
 
     def live(self) -> list[protocol.LiveSequence]:

@@ -36,7 +36,7 @@ def test_every_table_has_its_pages(operator: Client) -> None:
         name="<img src=x>", worker_id="w1", role="mixed", heard_at=now, joined_at=now
     )
     models = [model for model in admin.site._registry if model._meta.app_label == "console"]
-    assert len(models) == 11
+    assert len(models) == 12
     for model in models:
         listed = operator.get(url(model, "changelist"))
         assert listed.status_code == 200

@@ -27,6 +27,16 @@ def test_bench_coserve_prints_exactly_one_json_object():
     assert answer["seeds"] == 1 and len(answer["targets"]) == 2
 
 
+def test_bench_router_times_decisions_with_and_without_a_large_cluster():
+    out = run("bench", "router", "--json", "--blocks", "6400", "--repeats", "1")
+    answer = json.loads(out)
+    assert out.count("\n") == 1
+    figures = {"decision_us_p50_100", "decision_us_p99_100", "scale_1000_vs_100"}
+    assert figures | {"index_bytes_per_block"} <= set(answer)
+    assert answer["placed_share"] > 0.99 and answer["index_bytes_per_block"] < 200
+    assert "placed_share" in run("bench", "router", "--blocks", "6400", "--repeats", "1")
+
+
 def test_a_failed_simulation_is_an_error_object_and_exit_code_1(capfd):
     out = io.StringIO()
     with pytest.raises(SystemExit) as stopped:

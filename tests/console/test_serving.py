@@ -100,7 +100,7 @@ async def test_call_that_takes_too_long_raises_in_its_thread():
 async def test_database_failures_of_the_snapshot_are_noted_with_their_time():
     state = make_state(asyncio.get_running_loop())
     state.fleet = SimpleNamespace(now_s=lambda: 7.0)
-    state.snapshot = SimpleNamespace(num_failures=0)
+    state.snapshot = SimpleNamespace(num_failures=0, current=EMPTY)
     state.note_tick()
     assert (state.tick_at_s, state.database_failed_at_s) == (7.0, None)
     state.snapshot.num_failures = 1

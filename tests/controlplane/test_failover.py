@@ -4,7 +4,7 @@ import pytest
 
 from controlplane import domain, protocol
 from tests.controlplane.rig import Rig, of, rejection
-from tests.factories import INTERACTIVE, make_hello, make_load
+from tests.factories import BATCH, INTERACTIVE, make_hello, make_load
 
 LIVE = protocol.LiveSequence
 
@@ -36,6 +36,8 @@ def test_all_requests_of_a_lost_worker_move_in_order_of_rank_and_arrival():
     for index in (2, 3):
         rig.now_s += 0.1
         rig.submit(f"r{index}")
+    for index in (1, 2, 3):
+        rig.handle(domain.FirstToken(f"r{index}", 0.1))
     rig.join("decode")
     moved = [dispatch.request_id for dispatch in of(domain.Dispatch, rig.close("w1"))]
     assert moved == ["r2", "r3", "r1"]
@@ -56,7 +58,11 @@ def test_with_no_worker_of_a_role_left_the_other_serves_both(lost):
     rig.submit("long", prompt_tokens=400)
     rig.submit("short", prompt_tokens=30)
     other = "w2" if lost == "w1" else "w1"
+    rig.handle(domain.FirstToken("short", 0.1))
+    if lost == "w2":
+        rig.handle(domain.FirstToken("long", 0.1))
     rig.close(lost)
+    rig.handle(domain.Progressed("long", 2))
     for request_id in ("long", "short", "new"):
         if request_id == "new":
             rig.submit("new", prompt_tokens=500)
@@ -211,6 +217,7 @@ def test_request_that_keeps_losing_its_worker_ends_at_the_retry_budget():
     for move in range(1, 6):
         worker_id = rig.request().placement.decode_worker
         assert [item.epoch for item in of(domain.Dispatch, rig.close(worker_id))] == [move + 1]
+        rig.handle(domain.Progressed("r1", move + 1))
     outcome = rejection(rig.close(rig.request().placement.decode_worker))
     assert outcome.code == "retries_exhausted"
     assert "lost its worker 6 times, at most 5" in outcome.message
@@ -314,6 +321,7 @@ def test_end_in_any_phase_frees_every_worker_and_nothing_follows(status, stage):
     if stage == "decode":
         rig.send("w2", protocol.HandoffDone("r1", 1, 25, 1000, 0.1))
     if stage == "orphaned":
+        rig.handle(domain.FirstToken("r1", 0.1))
         rig.close("w1"), rig.close("w2")
     assert rig.request().phase == stage
     cancelled = {item.worker_id for item in of(domain.CancelSequence, rig.finish(status=status))}
@@ -340,9 +348,86 @@ def test_load_report_of_a_move_is_not_mistaken_for_the_old_reservation():
 def test_phase_of_a_moved_stream_is_decode_when_its_client_has_ids():
     rig = Rig()
     rig.join("decode"), rig.join("decode")
+    rig.join("decode")
     rig.submit("r1"), rig.submit("r2")
     started = rig.request("r1").placement.decode_worker
     rig.handle(domain.FirstToken("r1", 0.3))
     rig.close(started)
     assert rig.request("r1").phase == "decode"
     assert rig.request("r2").phase == "prefill"
+
+
+# --- requests that kill ---------------------------------------------------------------------------
+
+
+def test_request_that_kills_two_workers_is_given_up_and_its_neighbours_go_on():
+    rig = Rig()
+    for _ in range(3):
+        rig.join("decode")
+    rig.send("w2", make_load(prefill_tokens_waiting=1_000))
+    rig.send("w3", make_load(prefill_tokens_waiting=1_000))
+    for name in ("neighbour", "poison", "proven"):
+        rig.submit(name)
+    rig.handle(domain.FirstToken("proven", 0.1))
+    assert rig.worker("w1").requests == 3
+    rig.send("w2", make_load()), rig.send("w3", make_load())
+    commands = rig.close("w1")
+    where = {item.request_id: item.worker_id for item in of(domain.Dispatch, commands)}
+    assert where["neighbour"] != where["poison"], "suspects are tried alone"
+    outcome = rejection(rig.close(where["poison"]))
+    assert outcome.code == "poison" and "2 workers died with it" in outcome.message
+    assert outcome.retry_after_s is None
+    assert rig.request("neighbour") is not None and rig.request("proven") is not None
+
+
+def test_suspect_is_tried_alone_until_it_goes_on():
+    rig = Rig()
+    rig.join("decode")
+    rig.submit("r1")
+    rig.join("decode")
+    rig.close("w1")
+    rig.submit("r2")
+    assert rig.request("r2").phase == "queued"
+    assert "is tried alone" in of(domain.Decided, rig.commands)[-1].record.reason
+    commands = rig.handle(domain.Progressed("r1", 2))
+    assert [item.request_id for item in of(domain.Dispatch, commands)] == ["r2"]
+    assert rig.handle(domain.Progressed("r1", 1)) == [] == rig.handle(domain.Progressed("r9", 1))
+
+
+def test_request_that_went_on_is_no_suspect_any_more():
+    rig = Rig(moves_max=20)
+    for _ in range(8):
+        rig.join("decode")
+    rig.submit("r1")
+    for epoch in range(2, 8):
+        commands = rig.close(rig.request("r1").placement.decode_worker)
+        assert len(of(domain.Dispatch, commands)) == 1
+        rig.handle(domain.Progressed("r1", epoch))
+    assert rig.request("r1") is not None
+
+
+def test_suspect_batch_line_keeps_no_interactive_request_waiting():
+    rig = Rig()
+    rig.join("decode")
+    rig.submit("b1", slo=BATCH)
+    rig.join("decode")
+    rig.close("w1")
+    assert rig.request("b1").placement.decode_worker == "w2"
+    assert [item.request_id for item in of(domain.Dispatch, rig.submit("r1"))] == ["r1"]
+
+
+def test_request_that_is_never_alone_when_workers_die_ends_at_its_strikes():
+    rig = Rig(strikes_max=3, moves_max=20)
+    rig.join("decode")
+    rig.submit("b1", slo=BATCH)
+    ends = []
+    for turn in range(3):
+        rig.submit(f"n{turn}")
+        rig.finish(f"n{turn - 1}")
+        commands = rig.close(f"w{turn + 1}")
+        ends += [item.outcome.code for item in of(domain.Decided, commands)
+                 if isinstance(item.outcome, domain.Rejected)]  # fmt: skip
+        rig.join("decode")
+        rig.finish(f"n{turn}")
+        rig.tick(0.1)
+    assert ends == ["poison"] and rig.request("b1") is None

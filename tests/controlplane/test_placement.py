@@ -3,8 +3,9 @@
 import pytest
 
 from controlplane import domain, protocol
+from controlplane.config import ControlPlaneConfig
 from tests.controlplane.rig import Rig, of, placement, rejection
-from tests.factories import BATCH, MODEL, make_hello, make_load
+from tests.factories import BATCH, INTERACTIVE, MODEL, make_hello, make_load
 
 SPLIT = [("prefill", "w1"), ("decode", "w2")]
 
@@ -136,13 +137,14 @@ def test_last_prompt_token_is_always_computed():
     assert record.candidates[0].cached_tokens == 16
 
 
-def test_load_spreads_over_equal_workers_before_they_report():
+def test_load_spreads_over_equal_workers_once_one_is_no_longer_well_in_time():
     rig = Rig()
     rig.join("mixed"), rig.join("mixed")
     where = [
         placement(rig.submit(f"r{index}", prompt_tokens=100)).decode_worker for index in range(6)
     ]
-    assert where == ["w1", "w2"] * 3
+    assert where[:3] == ["w1", "w1", "w2"], "before any of them has reported"
+    assert where.count("w1") == where.count("w2") == 3
 
 
 def test_prefill_tokens_given_but_not_reported_count_as_wait():
@@ -304,27 +306,188 @@ def test_step_in_hand_is_taken_off_the_wait_for_the_prompts_before():
     assert waits[0] - waits[1] == pytest.approx(0.5) and waits[1] - waits[2] == pytest.approx(0.5)
 
 
-def test_large_cluster_measures_the_least_loaded_workers_and_those_with_the_prefix():
-    rig = Rig(measured_max=3)
-    for _ in range(8):
+def test_large_cluster_measures_holders_of_the_prefix_and_a_sample_by_load():
+    rig = Rig(measure_all_max=3, sampled_max=2)
+    for _ in range(12):
         rig.join("mixed")
     hashes = tuple(bytes([index]) * 32 for index in range(8))
-    assert placement(rig.submit("r1", prompt_tokens=128, block_hashes=hashes)).decode_worker == "w1"
+    first = placement(rig.submit("r1", prompt_tokens=128, block_hashes=hashes)).decode_worker
     rig.finish("r1")
-    for index in range(2, 8):
+    for index in range(1, 13):
         rig.send(f"w{index}", make_load(prefill_tokens_waiting=10 * index))
     record = of(domain.Decided, rig.submit("r2", prompt_tokens=128, block_hashes=hashes))[0].record
-    assert {row.worker_id for row in record.candidates} == {"w1", "w8", "w2"}
-    assert record.placement.decode_worker == "w1"
+    assert len(record.candidates) == 3
+    assert record.placement.decode_worker == first, "computing nothing is worth a short wait"
 
 
-def test_large_cluster_passes_over_workers_that_cannot_take_it():
-    rig = Rig(measured_max=2)
-    for _ in range(5):
+def test_large_cluster_finds_the_workers_that_can_take_it():
+    rig = Rig(measure_all_max=2, sampled_max=2)
+    for _ in range(30):
         rig.join("mixed")
     rig.now_s = 2.0
     rig.send("w5", make_load(prefill_tokens_waiting=100))
     assert placement(rig.submit()).decode_worker == "w5"
+
+
+def test_cost_of_a_decision_does_not_grow_with_the_cluster():
+    measured = []
+    for num_workers in (100, 400):
+        rig = Rig(candidates_max=100)
+        for _ in range(num_workers):
+            rig.join("mixed")
+        hashes = tuple(bytes([index]) * 32 for index in range(8))
+        for index in range(20):
+            record = of(
+                domain.Decided, rig.submit(f"r{index}", prompt_tokens=128, block_hashes=hashes)
+            )[0].record
+        measured.append(len(record.candidates))
+    config = ControlPlaneConfig()
+    assert max(measured) <= config.holders_measured + config.sampled_max
+
+
+def test_fullest_of_equally_good_workers_is_taken_while_it_is_well_in_time():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit("r0", prompt_tokens=16)
+    assert rig.worker("w1").requests == 1
+    rig.send("w1", make_load(running_online=1)), rig.send("w2", make_load())
+    rig.accept(of(domain.Dispatch, rig.commands)[0])
+    rig.send("w1", make_load(running_online=1))
+    rig.handle(domain.FirstToken("r0", 0.1))
+    assert placement(rig.submit("r1", prompt_tokens=100)).decode_worker == "w1"
+    assert placement(rig.submit("r2", prompt_tokens=400)).decode_worker == "w2", "not so well"
+
+
+def test_affinity_yields_before_it_hurts():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    hashes = tuple(bytes([index]) * 32 for index in range(30))
+    facts = {"prompt_tokens": 500, "block_hashes": hashes, "slo": INTERACTIVE}
+    holder = placement(rig.submit("r0", **facts)).decode_worker
+    rig.finish("r0")
+    other = "w2" if holder == "w1" else "w1"
+    rig.send(holder, make_load(prefill_tokens_waiting=300)), rig.send(other, make_load())
+    assert placement(rig.submit("r1", **facts)).decode_worker == holder
+    rig.finish("r1")
+    rig.send(holder, make_load(prefill_tokens_waiting=1_500)), rig.send(other, make_load())
+    assert placement(rig.submit("r2", **facts)).decode_worker == other
+
+
+# --- requests that have not started --------------------------------------------------------------
+
+
+def stuck(**settings) -> Rig:
+    """r1 waits on w1 behind 1.1 s of prompts; w2 has just become free."""
+    rig = Rig(**settings)
+    rig.join("decode"), rig.join("decode")
+    rig.send("w2", make_load(prefill_tokens_waiting=900, running_online=1))
+    rig.submit("r0", prompt_tokens=300)
+    rig.submit("r1", prompt_tokens=100)
+    assert rig.worker("w1").requests == 2
+    rig.send("w2", make_load())
+    return rig
+
+
+def test_request_moves_to_a_worker_that_starts_it_sooner_and_only_before_it_has_started():
+    rig = stuck()
+    commands = rig.tick(0.1)
+    assert of(domain.CancelSequence, commands) == [domain.CancelSequence("w1", "r1", 1)]
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w2", "r1", 2, "full")]
+    record = of(domain.Decided, commands)[0].record
+    assert record.reason.startswith("w2 starts it in 0 ms, w1 in")
+    assert rig.request("r0").placement.decode_worker == "w1", "it is first in line: it has started"
+    assert of(domain.FailoverCounted, rig.commands) == []
+
+
+def test_request_that_would_start_hardly_sooner_stays():
+    rig = stuck()
+    rig.send("w2", make_load(prefill_tokens_waiting=280, running_online=1))
+    assert of(domain.Dispatch, rig.tick(0.1)) == []
+
+
+def test_request_moves_at_most_twice():
+    rig = Rig(replaces_max=2)
+    rig.join("decode"), rig.join("decode")
+    rig.send("w2", make_load(prefill_tokens_waiting=900, running_online=1))
+    rig.submit("r1", prompt_tokens=100)
+    moves = []
+    for turn in range(8):
+        here = rig.request("r1").placement.decode_worker
+        there = "w2" if here == "w1" else "w1"
+        rig.submit(f"x{turn}", tenant_id="other", prompt_tokens=16)
+        for dispatch in of(domain.Dispatch, rig.commands):
+            if dispatch.request_id == "r1":
+                rig.accept(dispatch)
+        rig.send(here, make_load(prefill_tokens_waiting=1_000, running_online=1))
+        rig.send(there, make_load())
+        moves += [item for item in of(domain.Dispatch, rig.tick(0.1)) if item.request_id == "r1"]
+    assert len(moves) <= 2
+
+
+# --- ejection ------------------------------------------------------------------------------------
+
+
+def slow(factor: float) -> protocol.StepModel:
+    return protocol.StepModel(0.045 * factor, 0.003 * factor, 1e-6 * factor)
+
+
+def test_worker_far_slower_than_it_joined_gets_nothing_for_a_while_and_is_tried_again():
+    rig = Rig(slow_reports_min=5, ejected_s=5.0)
+    names = [rig.join("mixed") for _ in range(4)]
+    for _ in range(20):
+        for name in names:
+            rig.send(name, make_load(step_model=slow(4.0 if name == "w2" else 1.0)))
+        rig.tick(0.1)
+    assert "4.0 times" in rig.worker("w2").exception
+    rig.tick(2.0, heard=("w1", "w3", "w4"))
+    for index in range(8):
+        assert placement(rig.submit(f"r{index}")).decode_worker != "w2"
+    rig.tick(5.0, heard=tuple(names))
+    assert rig.worker("w2").exception == ""
+
+
+def test_slow_device_that_always_was_slow_is_no_outlier():
+    rig = Rig(slow_reports_min=5)
+    names = [rig.join("mixed", step_model=slow(10.0 if index == 1 else 1.0)) for index in range(4)]
+    for _ in range(20):
+        for index, name in enumerate(names):
+            rig.send(name, make_load(step_model=slow(10.0 if index == 1 else 1.0)))
+        rig.tick(0.1)
+    assert all(rig.worker(name).exception == "" for name in names)
+
+
+def test_worker_that_fails_again_and_again_is_ejected_and_one_success_starts_the_count_anew():
+    rig = Rig(failures_max=3)
+    names = tuple(rig.join("mixed") for _ in range(3))
+
+    def fail(request_id: str) -> str:
+        rig.submit(request_id)
+        where = rig.request(request_id).placement.decode_worker
+        rig.finish(request_id, "failed")
+        return where
+
+    victim = fail("a0")
+    assert fail("a1") == victim
+    rig.submit("ok")
+    rig.handle(domain.FirstToken("ok", 0.1))
+    rig.finish("ok")
+    rig.tick(1.1, heard=names)
+    assert rig.worker(victim).exception == ""
+    assert {fail(f"b{index}") for index in range(3)} == {victim}
+    rig.tick(1.1, heard=names)
+    assert "3 failures in a row" in rig.worker(victim).exception
+
+
+def test_only_a_share_of_a_pool_is_ejected_at_once_and_never_the_last_worker():
+    for num_workers, expected in ((1, 0), (2, 1), (20, 2)):
+        rig = Rig(slow_reports_min=5)
+        names = [rig.join("mixed") for _ in range(num_workers)]
+        for _ in range(12):
+            for index, name in enumerate(names):
+                is_slow = index < (num_workers + 1) // 2 - (num_workers > 2)
+                rig.send(name, make_load(step_model=slow(9.0 if is_slow else 1.0)))
+            rig.tick(0.1)
+        assert sum(rig.worker(name).exception != "" for name in names) == expected
 
 
 def test_short_prompt_is_local_for_its_length_even_while_prefill_is_away():

@@ -11,7 +11,8 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TOKENS_NEVER, can_pair, choose, threshold_tokens
 from controlplane.domain import Candidate, WorkerHello
 from controlplane.latency import StepFeatures, step_s
-from controlplane.registry import Registry, Reservation, Worker
+from controlplane.prefixes import Hit
+from controlplane.registry import Pace, Registry, Reservation, Worker
 from controlplane.scorers import Ask, blocks_needed, ineligible_reason, measure, prefill_s, score
 from tests.factories import BATCH, CPU_STEP, MODEL, make_hello, make_load, make_request
 
@@ -27,7 +28,18 @@ def make_worker(role: protocol.Role = "decode", **facts) -> Worker:
 
 
 def ask(now_s: float = 0.0, ttft_s_left: float = 4.0, avoid=frozenset(), cached=None, **facts):
-    return Ask(make_request(**facts), now_s, ttft_s_left, cached or {}, avoid)
+    hits = {name: Hit(count, 0) for name, count in (cached or {}).items()}
+    return Ask(make_request(**facts), now_s, ttft_s_left, hits, avoid)
+
+
+def row(*arguments, **options) -> Candidate:
+    return measure(*arguments, **options).candidate
+
+
+def pace(model: protocol.StepModel = CPU_STEP, rows: int = 0, context_tokens: int = 0) -> Pace:
+    worker = make_worker(step_model=model)
+    worker.num_online_decoding, worker.online_context_tokens = rows, context_tokens
+    return worker.pace
 
 
 def hold(worker: Worker, request_id: str, stage="full", is_batch=False, **facts) -> None:
@@ -49,28 +61,28 @@ def hold(worker: Worker, request_id: str, stage="full", is_batch=False, **facts)
 def test_prefill_pays_the_base_once_per_chunk(tokens, itl_s, num_steps):
     model = protocol.StepModel(0.045, 0.003, 0.0)
     expected_s = num_steps * 0.045 + tokens * 0.003
-    assert prefill_s(model, 0, tokens, EMPTY, itl_s) == pytest.approx(expected_s)
+    assert prefill_s(pace(model), 0, tokens, itl_s) == pytest.approx(expected_s)
 
 
 def test_decode_rows_beside_stretch_a_prefill():
-    alone_s = prefill_s(CPU_STEP, 0, 300, EMPTY, 0.2)
-    beside_s = prefill_s(CPU_STEP, 0, 300, StepFeatures(16, 5000), 0.2)
-    crowded_s = prefill_s(CPU_STEP, 0, 300, StepFeatures(40, 20_000), 0.2)
+    alone_s = prefill_s(pace(), 0, 300, 0.2)
+    beside_s = prefill_s(pace(rows=16, context_tokens=5000), 0, 300, 0.2)
+    crowded_s = prefill_s(pace(rows=40, context_tokens=20_000), 0, 300, 0.2)
     assert alone_s < beside_s < crowded_s
 
 
 def test_cached_start_costs_context_but_no_rows():
     model = protocol.StepModel(0.045, 0.003, 1e-4)
-    assert prefill_s(model, 512, 16, EMPTY, 10.0) == pytest.approx(
+    assert prefill_s(pace(model), 512, 16, 10.0) == pytest.approx(
         0.045 + 16 * 0.003 + (512 + 8) * 1e-4
     )
 
 
 @given(st.integers(1, 2000), st.integers(1, 500), st.integers(0, 64), st.floats(0.001, 2.0))
 def test_prefill_time_is_finite_and_grows_with_its_tokens(tokens, more, rows, itl_s):
-    beside = StepFeatures(rows, 100 * rows)
-    short_s = prefill_s(CPU_STEP, 0, tokens, beside, itl_s)
-    long_s = prefill_s(CPU_STEP, 0, tokens + more, beside, itl_s)
+    beside = pace(rows=rows, context_tokens=100 * rows)
+    short_s = prefill_s(beside, 0, tokens, itl_s)
+    long_s = prefill_s(beside, 0, tokens + more, itl_s)
     assert 0.0 < short_s < long_s < math.inf
 
 
@@ -128,36 +140,38 @@ def test_reasons_name_the_numbers():
 def test_prefill_stage_needs_room_for_the_prompt_only():
     worker = make_worker("prefill", num_blocks=4)
     question = ask(prompt_tokens=64, output_tokens_max=100)
-    assert not measure(worker, question, CONFIG, is_prefill=False).eligible
-    assert measure(worker, question, CONFIG, is_prefill=True).eligible
+    assert not row(worker, question, CONFIG, is_prefill=False).eligible
+    assert row(worker, question, CONFIG, is_prefill=True).eligible
 
 
 def test_step_prediction_counts_sequences_that_decode_here_now_or_soon():
     worker = make_worker()
-    base_s = measure(worker, ask(), CONFIG, is_prefill=False).itl_s
+    base_s = row(worker, ask(), CONFIG, is_prefill=False).itl_s
     hold(worker, "r1", "prefill", context_tokens=500)
     hold(worker, "b1", is_batch=True, context_tokens=500)
-    assert measure(worker, ask(), CONFIG, is_prefill=False).itl_s == base_s
+    assert row(worker, ask(), CONFIG, is_prefill=False).itl_s == base_s
     hold(worker, "r2", "decode", context_tokens=500)
     joined = StepFeatures(1, 500).with_tokens(32, 1)
-    assert measure(worker, ask(), CONFIG, is_prefill=False).itl_s == step_s(CPU_STEP, joined)
+    assert row(worker, ask(), CONFIG, is_prefill=False).itl_s == pytest.approx(
+        step_s(CPU_STEP, joined)
+    )
 
 
 def test_wait_ends_with_the_step_in_hand_when_no_prompt_is_before():
     worker = make_worker()
     worker.report(make_load(running_online=2, predicted_s=0.4))
-    rows = [measure(worker, ask(now_s=t), CONFIG, is_prefill=False) for t in (0.0, 0.3, 0.9)]
+    rows = [row(worker, ask(now_s=t), CONFIG, is_prefill=False) for t in (0.0, 0.3, 0.9)]
     assert [row.queue_s for row in rows] == pytest.approx([0.4, 0.1, 0.0])
     worker.report(make_load(predicted_s=0.4))
-    assert measure(worker, ask(), CONFIG, is_prefill=False).queue_s == 0.0
+    assert row(worker, ask(), CONFIG, is_prefill=False).queue_s == 0.0
 
 
 def test_batch_prompts_before_an_online_one_are_no_wait():
     worker = make_worker()
     hold(worker, "b1", is_batch=True, prefill_tokens=1000)
-    assert measure(worker, ask(), CONFIG, is_prefill=False).queue_s == 0.0
+    assert row(worker, ask(), CONFIG, is_prefill=False).queue_s == 0.0
     hold(worker, "r1", prefill_tokens=1000)
-    assert measure(worker, ask(), CONFIG, is_prefill=False).queue_s > 3.0
+    assert row(worker, ask(), CONFIG, is_prefill=False).queue_s > 3.0
 
 
 @pytest.mark.parametrize(
@@ -169,7 +183,7 @@ def test_cached_tokens_are_whole_blocks_of_the_worker_below_the_prompt(
 ):
     worker = make_worker(block_tokens=block_tokens)
     question = ask(cached={"w1": matched}, prompt_tokens=prompt)
-    assert question.cached_tokens(worker, CONFIG) == expected
+    assert question.cached_tokens(worker, CONFIG) == (expected, 0)
 
 
 def test_reservations_balance_to_zero():
@@ -257,3 +271,16 @@ def test_pair_must_hold_the_same_kv(facts):
     assert can_pair(prefill, decode, MODEL.model_id)
     assert not can_pair(prefill, other, MODEL.model_id)
     assert not can_pair(prefill, prefill, MODEL.model_id)
+
+
+def test_prompt_tokens_from_the_host_tier_cost_a_share_of_computing_them():
+    worker = make_worker()
+    facts = {"request": make_request(prompt_tokens=161), "now_s": 0.0, "ttft_s_left": 4.0}
+    seconds = []
+    for device, host in ((10, 0), (4, 6), (0, 10), (0, 0)):
+        question = Ask(hits={"w1": Hit(device, host)}, avoid=frozenset(), **facts)
+        assert question.cached_tokens(worker, CONFIG) == (16 * (device + host), 16 * host)
+        seconds.append(row(worker, question, CONFIG, is_prefill=False).prefill_s)
+    assert seconds == sorted(seconds)
+    token_s = CPU_STEP.per_token_s
+    assert seconds[1] - seconds[0] == pytest.approx(CONFIG.restore_share * token_s * 96)

@@ -164,6 +164,7 @@ def test_random_faults_lose_and_repeat_nothing(seed):
         "retries_exhausted",
         "prompt_too_long",
         "no_worker",
+        "poison",
     }
     assert {stream.end for stream in target.streams.values()} <= allowed
     if not any(member.is_dead for member in target.members):

@@ -22,7 +22,7 @@ MODEL_HELP = "folder of the model; without it the packaged one"
 class Command(BaseCommand):
     help = (
         "Measure: `engine` beside transformers; `coserve`, interactive and batch work on one"
-        " worker; `kernels`, those of a GPU"
+        " worker; `kernels`, those of a GPU; `router`, placement decisions"
     )
     requires_system_checks: list[str] = []
 
@@ -51,9 +51,16 @@ class Command(BaseCommand):
         kernels = kinds.add_parser("kernels", help="the CUDA kernels against the GPU's ceilings")
         kernels.add_argument("--json", action="store_true")
 
+        router = kinds.add_parser("router", help="cost of a placement decision")
+        router.add_argument("--json", action="store_true")
+        router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
+        router.add_argument("--repeats", type=int, default=5)
+
     def handle(self, *args: Any, **options: Any) -> None:
         if options["kind"] == "kernels":
             self.kernels(options["json"])
+        elif options["kind"] == "router":
+            self.router(options)
         elif options["kind"] == "engine":
             self.on_model("gpuworkers.bench", [], options)
         elif options["engine"] == "cpu":
@@ -133,6 +140,21 @@ class Command(BaseCommand):
             self.stdout.write(f"\nITL target {target_ms} ms")
             for row in rows:
                 self.stdout.write("  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+
+    def router(self, options: dict[str, Any]) -> None:
+        """The simulator's flat answer, as it is or as a table."""
+        arguments = ["router"]
+        for name in ("blocks", "repeats"):
+            arguments += [f"--{name}", str(options[name])]
+        try:
+            answer = simulate(arguments)
+        except SimFailed as error:
+            self.fail(str(error))
+        if options["json"]:
+            self.stdout.write(json.dumps(answer))
+            return
+        for name, value in answer.items():
+            self.stdout.write(f"{name:28} {value}")
 
 
 def _figures(value: Any) -> str:

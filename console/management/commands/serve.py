@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,7 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
         profile=settings.SLACKWATER_PROFILE,
         started_at_s=time.monotonic(),
     )
+    fleet.handle(current.contracts.start(snapshot.current, datetime.now(UTC)))
     return current
 
 

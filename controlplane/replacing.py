@@ -1,0 +1,66 @@
+"""Requests that have not started where they were put: would another worker start them sooner?
+
+Conditions change between a placement and the start of a prompt: others finish early, a worker slows
+down, a new one joins. Cheaper than a duplicate: nothing has been computed for them yet. Source:
+algorithms.md 2c, stealing instead of hedging.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from heapq import nlargest
+
+from controlplane.config import ControlPlaneConfig
+from controlplane.failover import Tracked
+from controlplane.registry import Worker
+from controlplane.scorers import prefill_s
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that its worker has not started, with the wait that is left there."""
+
+    tracked: Tracked
+    worker_id: str
+    wait_s: float
+    ttft_s: float  # the wait and its own prompt
+
+
+def not_started(
+    workers: Iterable[Worker], tracked: Mapping[str, Tracked], config: ControlPlaneConfig
+) -> list[Waiting]:
+    """The requests with the longest waits, longest first; at most replace_scan."""
+    found: list[Waiting] = []
+    for worker in workers:
+        if worker.status == "live":
+            found += _at(worker, tracked, config)
+    return nlargest(
+        config.replace_scan, found, key=lambda item: (item.wait_s, item.tracked.request_id)
+    )
+
+
+def _at(
+    worker: Worker, tracked: Mapping[str, Tracked], config: ControlPlaneConfig
+) -> list[Waiting]:
+    """Prompts are computed about in the order they were given; what the worker has reported less
+    is what it has done of the first ones."""
+    pace = worker.pace
+    left = pace.ahead_tokens_all
+    prompts = [
+        held
+        for held in worker.reservations.values()
+        if held.is_prefilling and held.stage != "decode" and not held.is_batch
+    ]
+    done = max(0, sum(held.prefill_tokens for held in prompts) - left)
+    found, ahead = [], -done
+    for held in prompts:
+        item = tracked[held.request_id]
+        itl_s = item.request.slo.itl_s_p99
+        wait_s = prefill_s(pace, 0, ahead, itl_s) if ahead > 0 else 0.0
+        ahead += held.prefill_tokens
+        if wait_s < config.replace_s_min or item.num_replaced >= config.replaces_max:
+            continue
+        if item.phase != "prefill" or item.has_first_token:
+            continue
+        own_s = prefill_s(pace, 0, held.prefill_tokens, itl_s)
+        found.append(Waiting(item, worker.worker_id, wait_s, wait_s + own_s))
+    return found

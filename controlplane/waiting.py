@@ -1,0 +1,157 @@
+"""The waiting room: who may enter, who is next, and who has waited too long.
+
+Requests that have lost their worker go before all that have not started; then classes by rank, fair
+over tenants inside a class; then the surplus tier in the same order; batch lines come last.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from controlplane.config import ControlPlaneConfig
+from controlplane.domain import GenerateRequest, Rejected, SLOClass, Tier
+from controlplane.fairqueue import FairQueue
+
+RETRY_S = 1.0  # a full queue moves by then
+Line = tuple[bool, int, str]  # is surplus, rank, class: the order in which queues are tried
+
+
+@dataclass(slots=True)
+class WaitingRoom:
+    """Bounded queues per class, and the requests that move between workers."""
+
+    config: ControlPlaneConfig
+    _queues: dict[Line, FairQueue] = field(default_factory=dict)
+    _line_of: dict[str, Line] = field(default_factory=dict)  # of requests that have not started
+    _moving: OrderedDict[str, GenerateRequest] = field(default_factory=OrderedDict)
+    _since_s: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._since_s)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._since_s
+
+    def refuse_queue(self, slo: SLOClass, tier: Tier) -> Rejected | None:
+        """The class already has as many waiting as it may; batch is bounded by its feeder."""
+        queue = self._queues.get(_line(slo, tier))
+        if slo.is_batch or queue is None or len(queue) < self.config.queue_max:
+            return None
+        return Rejected(
+            "queue_full",
+            f"{len(queue)} requests of class {slo.name} are waiting, at most"
+            f" {self.config.queue_max}",
+            RETRY_S,
+        )
+
+    def enter(self, request: GenerateRequest, tier: Tier, now_s: float) -> None:
+        line = _line(request.slo, tier)
+        queue = self._queues.setdefault(line, FairQueue(self.config.tenants_max))
+        queue.push(request)
+        self._line_of[request.request_id] = line
+        self._since_s[request.request_id] = now_s
+
+    def can_demote(self, request: GenerateRequest) -> bool:
+        """The surplus queue of its class has room; else it stays where it is, late as it is."""
+        queue = self._queues.get(_line(request.slo, "surplus"))
+        return request.request_id not in self._moving and (
+            queue is None or len(queue) < self.config.queue_max
+        )
+
+    def demote(self, request: GenerateRequest) -> None:
+        """From now on it waits in the surplus tier; its time limit goes on."""
+        assert self.can_demote(request), request
+        self._queue(request).remove(request.request_id)
+        line = _line(request.slo, "surplus")
+        self._queues.setdefault(line, FairQueue(self.config.tenants_max)).push(request)
+        self._line_of[request.request_id] = line
+
+    def enter_moving(self, request: GenerateRequest, now_s: float) -> None:
+        """It had a worker before: it goes on before anything new starts."""
+        assert request.request_id not in self._since_s, request.request_id
+        self._moving[request.request_id] = request
+        self._since_s[request.request_id] = now_s
+
+    def next_up(self) -> list[GenerateRequest]:
+        """Requests to try now, in order; at most scan_max of each queue."""
+        limit = self.config.scan_max
+        moving = sorted(
+            self._moving.values(),
+            key=lambda request: (request.slo.rank, request.arrived_at_s, request.request_id),
+        )
+        heads = [head for head in moving if not head.slo.is_batch][:limit]
+        batch = [head for head in moving if head.slo.is_batch][:limit]
+        for line in sorted(self._queues):
+            for head in self._queues[line].heads(limit):
+                (batch if head.slo.is_batch else heads).append(head)
+        return heads + batch
+
+    def take(self, request: GenerateRequest) -> None:
+        """The request starts."""
+        del self._since_s[request.request_id]
+        if self._moving.pop(request.request_id, None) is None:
+            self._queue(request).take(request.request_id)
+            del self._line_of[request.request_id]
+
+    def remove(self, request: GenerateRequest) -> None:
+        """The request ends without (another) start."""
+        del self._since_s[request.request_id]
+        if self._moving.pop(request.request_id, None) is None:
+            self._queue(request).remove(request.request_id)
+            del self._line_of[request.request_id]
+
+    def _queue(self, request: GenerateRequest) -> FairQueue:
+        return self._queues[self._line_of[request.request_id]]
+
+    def position(self, request: GenerateRequest) -> int:
+        if request.request_id in self._moving:
+            return list(self._moving).index(request.request_id) + 1
+        own = self._line_of[request.request_id]
+        before = sum(len(queue) for line, queue in self._queues.items() if line < own)
+        return len(self._moving) + before + self._queue(request).position(request.request_id)
+
+    def waited_s(self, request_id: str, now_s: float) -> float:
+        return now_s - self._since_s[request_id]
+
+    def overdue(self, now_s: float) -> list[GenerateRequest]:
+        """Requests that have waited longer than their class allows."""
+        late = [
+            request
+            for request in self._all()
+            if self.waited_s(request.request_id, now_s) > _wait_s_max(request.slo)
+        ]
+        return sorted(late, key=lambda request: request.request_id)
+
+    def _all(self) -> list[GenerateRequest]:
+        waiting = list(self._moving.values())
+        for queue in self._queues.values():
+            waiting += queue.requests()
+        return waiting
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Online queues; demoted requests of a full queue may join a full surplus queue."""
+        limit = self.config.queue_max
+        return {
+            f"queue {name}{' surplus' if is_surplus else ''}": (
+                len(queue),
+                limit * (1 + is_surplus),
+            )
+            for (is_surplus, rank, name), queue in self._queues.items()
+            if not queue.is_batch
+        }
+
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """Requests waiting for a first start, by class in order of rank, both tiers together."""
+        numbers: dict[tuple[int, str], int] = {}
+        for (_, rank, name), queue in self._queues.items():
+            numbers[rank, name] = numbers.get((rank, name), 0) + len(queue)
+        return tuple((name, numbers[rank, name]) for rank, name in sorted(numbers))
+
+
+def _line(slo: SLOClass, tier: Tier) -> Line:
+    return (tier == "surplus", slo.rank, slo.name)
+
+
+def _wait_s_max(slo: SLOClass) -> float:
+    if slo.is_batch and slo.deadline_s is not None:
+        return slo.deadline_s
+    return slo.queue_s_max
