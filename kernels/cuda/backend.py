@@ -23,7 +23,8 @@ from kernels.cuda.plan import CudaStep, Layout, LongChunk, StepShape
 from kernels.ops import Heads, SamplingTable, SequenceTokens, TokenLogprobs
 from kernels.torchops import sampling
 
-VECTOR = 8  # values of one 16-byte access
+VECTOR_BYTES = 16  # of one access
+VECTOR = 8  # values of one access
 WARP = 32
 THREADS = 256  # of a block, where a kernel has no reason for another number
 NORM_THREADS_MAX = 1024
@@ -35,7 +36,9 @@ PREFILL_THREADS = 128
 SAMPLE_THREADS = 512
 SAMPLE_LISTED_BYTES = 16  # weight, value, id
 SAMPLE_LISTED_MAX = 4096  # LISTED_MAX in sample.cu
-HEAD_DIMS = (16, 32, 64, 128)
+# Blocks of paged_decode that a multiprocessor holds at a time, by head_dim: 96 KiB of shared memory
+# each at 128; below, the registers of 128 threads allow three.
+DECODE_BLOCKS_PER_SM = {16: 3, 32: 3, 64: 3, 128: 2}
 DECODE_GROUP_MAX = 16  # query heads of a KV head: rows of one tensor-core tile
 GRID_YZ_MAX = 65_535
 TEMPERATURE_MIN = 1e-30  # below it a float32 division would meet 0 / 0
@@ -163,7 +166,7 @@ class CudaOps:
 
     def _decode_blocks(self, heads: Heads) -> int:
         """Blocks of threads that decode at the same time: as many as fit all multiprocessors."""
-        return self._num_sms * (2 if heads.head_dim == 128 else 3)
+        return self._num_sms * DECODE_BLOCKS_PER_SM[heads.head_dim]
 
     # --- attention -------------------------------------------------------------------------------
 
@@ -396,8 +399,8 @@ def sample_constants(dtype: torch.dtype, threads: int) -> Constants:
 
 
 def _check_heads(heads: Heads, block_tokens: int) -> None:
-    if heads.head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim {heads.head_dim}: expected one of {HEAD_DIMS}")
+    if heads.head_dim not in DECODE_BLOCKS_PER_SM:
+        raise ValueError(f"head_dim {heads.head_dim}: expected one of {[*DECODE_BLOCKS_PER_SM]}")
     if heads.group > DECODE_GROUP_MAX or heads.num_q_heads % heads.num_kv_heads:
         raise ValueError(f"{heads}: expected 1 to {DECODE_GROUP_MAX} query heads per KV head")
     if block_tokens % DECODE_TILE_TOKENS:
@@ -405,9 +408,12 @@ def _check_heads(heads: Heads, block_tokens: int) -> None:
 
 
 def _check_values(*tensors: torch.Tensor) -> None:
+    """A misaligned address would end the CUDA context, and the worker with it."""
     for tensor in tensors:
         checks.dtype("a tensor", tensor, torch.bfloat16)
         checks.contiguous("a tensor", tensor)
+        if tensor.data_ptr() % VECTOR_BYTES:
+            raise ValueError(f"a tensor starts at {tensor.data_ptr():#x}, not a multiple of 16")
 
 
 def _qkv_width(heads: Heads) -> int:

@@ -7,6 +7,7 @@ works on, also while torch captures that stream as a CUDA graph.
 from collections.abc import Sequence
 
 import cupy
+import numpy as np
 import torch
 
 from kernels.cuda import source
@@ -33,7 +34,7 @@ class CupyFunction:
         if shared_bytes > self._shared_bytes_max:
             self._kernel.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_bytes_max = shared_bytes
-        passed = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        passed = [np.int64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         with self._launcher.stream():
             self._kernel(grid, block, passed, shared_mem=shared_bytes)
 

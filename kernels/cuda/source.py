@@ -20,7 +20,11 @@ def names() -> list[str]:
 @cache
 def read(name: str) -> str:
     """The text of one kernel file."""
-    text = (FOLDER / f"{name}{SUFFIX}").read_text()
+    return expand((FOLDER / f"{name}{SUFFIX}").read_text(), name)
+
+
+def expand(text: str, name: str) -> str:
+    """The text with common.cuh in it; compilers still name the lines of the files."""
     before, found, after = text.partition(INCLUDE)
     assert found, f"{name}{SUFFIX} does not include common.cuh"
     common = (FOLDER / "common.cuh").read_text()

@@ -1,8 +1,8 @@
 // Runs a CUDA kernel on a CPU, to test it: every CUDA thread is a fiber of one OS thread, blocks run
 // one after the other, and a fiber gives way only where CUDA lets threads meet (barriers, warp
-// operations). The order in which fibers run is forward, reverse or shuffled by a seed, so that a
-// missing barrier shows as a wrong result; shared memory starts as NaNs; asynchronous copies arrive
-// as late as the kernel permits. Reported, with the reason: threads that wait for ever, accesses
+// operations). The order in which fibers run is forward, reverse or shuffled by a seed, and one
+// warp goes on as far as it can before another does, so that a missing barrier shows as a wrong result; shared memory starts as NaNs; asynchronous copies arrive
+// as late as the kernel permits or, in reverse order, at once. Reported, with the reason: threads that wait for ever, accesses
 // that are misaligned or outside the launch's tensors, sizes a GPU refuses.
 // g++ on x86-64. Not covered: memory order between warps, and time.
 #pragma once
@@ -88,6 +88,8 @@ struct Machine {
     int barrier_votes[2] = {0, 0};
     std::vector<std::map<unsigned, Meeting>> meetings;  // per warp, by mask
     uint64_t block_serial = 0;
+    size_t num_done = 0;
+    bool is_copying_at_once = false;
     dim3 block_index, block_shape, grid_shape;
     std::vector<unsigned char> shared;
     size_t shared_bytes = 0;
@@ -176,36 +178,50 @@ inline void report_deadlock() {
                     std::to_string(b.z);
 }
 
+inline std::vector<unsigned> ordered(size_t count, unsigned seed) {
+    std::vector<unsigned> order(count);
+    for (size_t i = 0; i < count; i++) order[i] = i;
+    if (seed == 1) std::reverse(order.begin(), order.end());
+    uint64_t state = seed;
+    for (size_t i = count - 1; seed > 1 && i > 0; i--) {
+        state = state * 6364136223846793005u + 1442695040888963407u;  // Knuth's MMIX constants
+        std::swap(order[i], order[(state >> 33) % (i + 1)]);
+    }
+    return order;
+}
+
+// One warp goes on until all of its threads wait for others, then the next.
 inline void run_block(unsigned seed) {
     const size_t num_threads = machine.fibers.size();
     machine.block_serial++;
+    machine.is_copying_at_once = seed == 1;
     machine.barrier_arrived = machine.barrier_count = 0;
     machine.barrier_votes[0] = machine.barrier_votes[1] = 0;
     machine.meetings.assign((num_threads + LANES - 1) / LANES, {});
     memset(machine.shared.data(), 0xff, machine.shared.size());
-    std::vector<unsigned> order(num_threads);
-    for (unsigned i = 0; i < num_threads; i++) {
-        prepare(machine.fibers[i], i);
-        order[i] = i;
-    }
-    if (seed == 1) std::reverse(order.begin(), order.end());
-    uint64_t state = seed;
-    for (size_t i = num_threads - 1; seed > 1 && i > 0; i--) {
-        state = state * 6364136223846793005u + 1442695040888963407u;  // Knuth's MMIX constants
-        std::swap(order[i], order[(state >> 33) % (i + 1)]);
-    }
-    for (size_t num_done = 0; num_done < num_threads;) {
+    for (unsigned i = 0; i < num_threads; i++) prepare(machine.fibers[i], i);
+    const size_t num_warps = machine.meetings.size();
+    const std::vector<unsigned> warps = ordered(num_warps, seed), lanes = ordered(LANES, seed);
+    const auto move_warp = [&](unsigned warp) {
         bool has_moved = false;
-        for (unsigned i : order) {
+        for (unsigned lane : lanes) {
+            const size_t i = warp * LANES + lane;
+            if (i >= num_threads) continue;
             Fiber& fiber = machine.fibers[i];
             if (fiber.is_done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
             has_moved = true;
             machine.running = &fiber;
             cudasim_switch(&machine.main_stack_pointer, fiber.stack_pointer);
-            if (!machine.error.empty()) return;
-            num_done += fiber.is_done;
+            if (!machine.error.empty()) return false;
+            machine.num_done += fiber.is_done;
         }
-        if (!has_moved) return report_deadlock();
+        return has_moved;
+    };
+    for (machine.num_done = 0; machine.num_done < num_threads && machine.error.empty();) {
+        bool has_moved = false;
+        for (unsigned warp : warps)
+            while (move_warp(warp)) has_moved = true;
+        if (!has_moved && machine.error.empty()) report_deadlock();
     }
 }
 
@@ -297,11 +313,19 @@ inline void check_access(const void* address, size_t bytes) {
     fail("an access outside the launch's tensors");
 }
 
+inline void arrive(const AsyncCopy& copy) {
+    if (copy.from)
+        memcpy(copy.to, copy.from, 16);
+    else
+        memset(copy.to, 0, 16);
+}
+
 inline void copy_async(void* to, const void* from, bool is_there) {
     if (!is_shared(to, 16)) fail("an asynchronous copy outside shared memory");
     check_access(to, 16);
     if (is_there) check_access(from, 16);
     self().open_group.push_back({to, is_there ? from : nullptr});
+    if (machine.is_copying_at_once) arrive(self().open_group.back());
 }
 
 inline void commit_copies() {
@@ -311,12 +335,8 @@ inline void commit_copies() {
 
 inline void wait_copies(size_t num_pending) {
     for (auto& groups = self().groups; groups.size() > num_pending; groups.pop_front())
-        for (const AsyncCopy& copy : groups.front()) {
-            if (copy.from)
-                memcpy(copy.to, copy.from, 16);
-            else
-                memset(copy.to, 0, 16);
-        }
+        for (const AsyncCopy& copy : groups.front())
+            if (!machine.is_copying_at_once) arrive(copy);
 }
 
 // ---- bfloat16 and tensor cores -----------------------------------------------------------------
@@ -335,20 +355,30 @@ inline unsigned round_bf16(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// Each lane's row is read when the lane comes or, in reverse order, after all have come: a row that
+// another lane has still to write, or overwrites too soon, shows either way.
 inline void load_matrices(unsigned out[4], const void* row, bool is_transposed) {
     if (!is_shared(row, 16)) fail("a matrix row outside shared memory");
     check_access(row, 16);
+    struct Row {
+        const void* address;
+        uint16_t values[8];
+    } mine{row, {}};
+    memcpy(mine.values, row, 16);
     unsigned votes;
-    const auto& rows = exchange(0xffffffffu, row, false, votes, "ldmatrix");
+    const auto& all = exchange(0xffffffffu, mine, false, votes, "ldmatrix");
+    Row rows[LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+        memcpy(&rows[lane], all[lane], sizeof(Row));
+        if (machine.is_copying_at_once) memcpy(rows[lane].values, rows[lane].address, 16);
+    }
     const int g = self().lane / 4, t = self().lane % 4;
     for (int matrix = 0; matrix < 4; matrix++) {
-        const uint16_t* of_row[8];
-        for (int i = 0; i < 8; i++) memcpy(&of_row[i], rows[8 * matrix + i], sizeof(void*));
-        const unsigned low = is_transposed ? of_row[2 * t][g] : of_row[g][2 * t];
-        const unsigned high = is_transposed ? of_row[2 * t + 1][g] : of_row[g][2 * t + 1];
+        const Row* of = rows + 8 * matrix;
+        const unsigned low = is_transposed ? of[2 * t].values[g] : of[g].values[2 * t];
+        const unsigned high = is_transposed ? of[2 * t + 1].values[g] : of[g].values[2 * t + 1];
         out[matrix] = low | high << 16;
     }
-    exchange(0xffffffffu, 0, false, votes, "ldmatrix");  // nobody overwrites a row still read
 }
 
 inline void multiply_add(float sums[4], const unsigned a[4], unsigned b0, unsigned b1) {

@@ -45,11 +45,15 @@ def _library() -> ctypes.CDLL:
 
 def compile_kernels(name: str, constants: Constants, architecture: str) -> list[Usage]:
     """Compile one kernel file as CuPy's RawModule would. Raises CompileFailed."""
+    return compile_text(source.read(name), constants, architecture)
+
+
+def compile_text(text: str, constants: Constants, architecture: str) -> list[Usage]:
+    """The same of a text."""
     library = _library()
     program = ctypes.c_void_p()
-    text = source.read(name).encode()
     created = library.nvrtcCreateProgram(
-        ctypes.byref(program), text, f"{name}.cu".encode(), 0, None, None
+        ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None
     )
     assert created == 0, f"nvrtcCreateProgram gave {created}"
     options = [

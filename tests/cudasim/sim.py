@@ -21,7 +21,7 @@ from tests import skips
 HEADER = Path(__file__).with_name("cudasim.h")
 FLAGS = ("-std=c++20", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(')
-FORWARD, REVERSE, SHUFFLED = 0, 1, 20261124  # orders of threads
+FORWARD, REVERSE, SHUFFLED = ORDERS = 0, 1, 20261124  # orders of threads, see cudasim.h
 
 
 class LaunchFailed(Exception):
@@ -49,7 +49,7 @@ class _Launch(ctypes.Structure):
 
 
 class SimFunction:
-    """See kernels.cuda.launcher.Function; counts its launches."""
+    """See kernels.cuda.launcher.Function."""
 
     def __init__(self, entry: ctypes._CFuncPtr, launcher: "SimLauncher") -> None:
         self._entry = entry
@@ -102,10 +102,13 @@ class SimLauncher:
     def function(self, file: str, name: str, constants: Constants = ()) -> SimFunction:
         key = (file, name, constants)
         if key not in self._functions:
-            library = ctypes.CDLL(str(build(self._source(file), constants)))
-            entry = getattr(library, f"cudasim_launch_{name}")
-            self._functions[key] = SimFunction(entry, self)
+            self._functions[key] = self.compile(self._source(file), name, constants)
         return self._functions[key]
+
+    def compile(self, text: str, name: str, constants: Constants = ()) -> SimFunction:
+        """The kernel `name` of this text."""
+        library = ctypes.CDLL(str(build(text, constants)))
+        return SimFunction(getattr(library, f"cudasim_launch_{name}"), self)
 
     def _source(self, file: str) -> str:
         text = source.read(file)
