@@ -65,6 +65,7 @@ class BatchFeeder:
         self._renew_at_s = 0.0
         self._wake = asyncio.Event()
         self._cancelling: frozenset[int] = frozenset()
+        self._is_held = False
 
     @property
     def num_in_flight(self) -> int:
@@ -74,6 +75,15 @@ class BatchFeeder:
     def wake(self) -> None:
         """Look for work at once; for callers on the loop that have just submitted a batch."""
         self._wake.set()
+
+    def hold(self) -> None:
+        """Take no further line until `release`; what is in flight goes on."""
+        self._is_held = True
+
+    def release(self) -> None:
+        """Take lines again."""
+        self._is_held = False
+        self.wake()
 
     async def run(self) -> None:
         """Feed until cancelled; then give unfinished lines back."""
@@ -101,8 +111,9 @@ class BatchFeeder:
             self._renew_at_s = now_s + RENEW_S
         in_flight = Counter(line.model_id for line in self._lines.values())
         paused = [model for model, until_s in self._paused_until_s.items() if now_s < until_s]
+        lines_max = 0 if self._is_held else self._lines_max
         found = await self._writer.call(
-            batchclaims.take_round, self.incarnation, in_flight, paused, self._lines_max, now
+            batchclaims.take_round, self.incarnation, in_flight, paused, lines_max, now
         )
         for line in found.claimed:
             self._lines[line.line_pk] = line

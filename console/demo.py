@@ -3,8 +3,8 @@
 `prepare` checks the machine and converts the model, `Demo.seed` makes rows once the database is
 there, `Demo.launch` starts a task beside the server: it waits for the workers, streams the first
 answer, prints how to log in, measures what this device can promise and keeps the load going.
-`Demo.finish`
-counts. The demo lives in its own var folder and never touches a database of the shell.
+`Demo.finish` counts. The demo lives in its own var folder and never touches a database of the
+shell.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ class Demo:
 
     def launch(self, state: ServerState, stop: Callable[[], None]) -> None:
         """The server listens: run beside it. `stop` is called when the demo ends by itself."""
+        state.batches.hold()  # a job left by the last demo would make the measurement untrue
         self._task = asyncio.get_running_loop().create_task(self._run(state))
         self._task.add_done_callback(lambda task: self._ended(task, state, stop))
 
@@ -147,6 +149,7 @@ class Demo:
             for line in (*banner(self._login), self._timer.line()):
                 say(line)
             measured = await self._scale_classes(state, client)
+        state.batches.release()
         if self.options.has_load:
             self._start_load(demomeasure.load_rate(measured))
         say("demo: running; Ctrl-C ends it")
@@ -305,12 +308,13 @@ def status_line(state: ServerState, passed_s: float) -> str:
     frame = state.live.frame(state.fleet.now_s())
     counters, rates = frame["counters"], frame["tokens_per_s"]
     missed = [row["name"] for row in frame["classes"] if row["status"] == "missed"]
-    roles = ",".join(worker["role"] for worker in frame["workers"] if worker["status"] == "live")
+    roles = Counter(worker["role"] for worker in frame["workers"] if worker["status"] == "live")
     return (
         f"demo: {passed_s:4.0f} s  interactive {rates['interactive']:.0f} and batch"
         f" {rates['batch']:.0f} tokens/s  handoff {counters['placements_handoff']} local"
         f" {counters['placements_local']} lines {counters['batch_lines']} failed"
-        f" {counters['failed']}  workers {roles}  "
+        f" {counters['failed']}  workers"
+        f" {', '.join(f'{count} {role}' for role, count in sorted(roles.items()))}  "
         + (f"missed: {', '.join(missed)}" if missed else "all targets met")
     )
 

@@ -206,8 +206,9 @@ class Fleet:
             self._gaps.add(report.request_id)
 
     def _pass_on(self, live: LiveRequest, worker_id: str, tokens: Tokens) -> None:
-        """To the gateway, in order. The first id of a prompt that is handed off waits for its KV:
-        TTFT contains the transfer, as predicted, and the stream does not stop after one token."""
+        """To the gateway, in order. The first id of a prompt that is handed off waits until the
+        decode worker begins its first step with the KV (HandoffDone): TTFT contains the transfer,
+        as predicted, and the next id follows after one step."""
         is_first = live.journal.next_seq == len(tokens.token_ids) and tokens.finish_reason is None
         placement = live.placement
         is_moving = placement is not None and placement.split == "handoff"
@@ -218,7 +219,7 @@ class Fleet:
         live.events.put_nowait(tokens)
 
     def _release(self, live: LiveRequest) -> None:
-        """The transfer has ended, well or not, or later ids are here already."""
+        """Decoding begins, the transfer has failed, or later ids are here already."""
         held = self._held.pop(live.request_id, None)
         if held is not None:
             live.events.put_nowait(held)
@@ -285,6 +286,8 @@ class Fleet:
                     self._send(worker_id, protocol.Resend(request_id, epoch, seq))
             case domain.SendRole(worker_id, role):
                 self._send(worker_id, protocol.SetRole(role))
+            case domain.SendPolicy(worker_id, policy):
+                self._send(worker_id, protocol.SetPolicy(policy))
             case domain.SendDrain(worker_id):
                 self._send(worker_id, protocol.Drain())
             case domain.PlanChanged():

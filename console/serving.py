@@ -14,11 +14,13 @@ from typing import Any
 
 from django.db import DatabaseError
 
-from console import asgi
+from console import asgi, policies
 from console.daphneserver import BoundedServer, event_loop
+from console.snapshot import Snapshot
 from console.state import ServerState
-from controlplane import domain
+from controlplane import domain, kappas
 from controlplane.errors import SlackwaterError
+from controlplane.protocol import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ class Serving:
         self.is_failed = False
         self._tasks: list[asyncio.Task[Any]] = []
         self._drain: asyncio.Task[None] | None = None
+        self._kappas = kappas.load()
+        self._policy: Policy | None = None
+        self._policy_from: Snapshot | None = None
 
     def run(self, host: str, port: int) -> str:
         """Serve until drained; the reason when the server could not listen, else empty."""
@@ -107,8 +112,20 @@ class Serving:
             state.metrics.loop_lag_seconds.observe(lag_s)
             if lag_s > TICK_S:
                 due_at_s = self.loop.time()  # skip what was missed
+            self._renew_policy()
             state.fleet.tick()
             state.note_tick()
+
+    def _renew_policy(self) -> None:
+        """Tell the workers when the SLO classes have changed."""
+        snapshot = self.state.snapshot.current
+        if snapshot is self._policy_from:
+            return
+        self._policy_from = snapshot
+        policy = policies.policy_for(snapshot, self._kappas)
+        if policy != self._policy:
+            self._policy = policy
+            self.state.fleet.handle(domain.PolicyChanged(policy))
 
     # --- end ----------------------------------------------------------------------------------
 

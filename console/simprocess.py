@@ -1,5 +1,5 @@
-"""Runs the simulator as a subprocess, so that the server never loads it; its answer is one JSON
-object on stdout, its progress goes to our stderr."""
+"""Runs the simulator and the kernel bench as subprocesses, so that no command loads them; their
+answer comes on stdout, their progress goes to our stderr."""
 
 import json
 import subprocess
@@ -16,16 +16,20 @@ class SimFailed(Exception):
 
 def simulate(arguments: Sequence[str]) -> dict[str, Any]:
     """The simulator's answer. Raises SimFailed."""
-    command = [sys.executable, "-m", "controlplane.sim", *arguments]
-    done = subprocess.run(
-        command,
+    done = run_module("controlplane.sim", arguments)
+    if done.returncode != 0:
+        raise SimFailed(f"controlplane.sim {' '.join(arguments)} ended with {done.returncode}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def run_module(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A module of this repository in a process of its own; its stdout is kept."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
         cwd=settings.BASE_DIR,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
         check=False,
     )
-    if done.returncode != 0:
-        raise SimFailed(f"controlplane.sim {' '.join(arguments)} ended with {done.returncode}")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer

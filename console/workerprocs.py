@@ -48,10 +48,11 @@ class WorkerSpec:
     count: int = 1
     profile: str = ""
     dtype: str = "auto"
-    numerics: str = "exact"
+    numerics: str = ""
     kv_tokens: int = 0
     threads: int = 1
     nice: int = 0
+    device: str = "cpu"
     name: str = ""  # before the number in the worker's name; default: the role
 
     def options(self) -> list[str]:
@@ -64,6 +65,7 @@ class WorkerSpec:
             "--profile": self.profile,
             "--dtype": self.dtype,
             "--numerics": self.numerics,
+            "--device": self.device,
             "--kv-tokens": str(self.kv_tokens),
             "--threads": str(self.threads),
             "--nice": str(self.nice),

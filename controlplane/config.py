@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from controlplane.errors import ConfigError
-from controlplane.protocol import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +79,6 @@ class ControlPlaneConfig:
     forecast_horizon_s: float = 120.0
     forecast_s_min: float = 1_200.0  # of history before the forecast's floor acts
     operator_hold_s: float = 600.0  # the planner leaves a worker alone after an operator's order
-    # worker policy
-    kappa: float = 0.6
-    tau_idle_s: float = 0.25
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -94,11 +90,6 @@ class ControlPlaneConfig:
                 f"dead_s_min={self.dead_s_min!r}: expected more than"
                 f" suspect_s_min={self.suspect_s_min!r}"
             )
-
-    @property
-    def policy(self) -> Policy:
-        """What each worker's scheduler is told at Welcome."""
-        return Policy(self.kappa, self.tau_idle_s, self.batch_rows_max)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> "ControlPlaneConfig":

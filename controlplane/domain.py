@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from controlplane import protocol
-from controlplane.protocol import Role, Stage
+from controlplane.protocol import Policy, Role, Stage
 
 WorkerStatus = Literal["live", "suspect", "draining", "drained", "lost"]
 Split = Literal["local", "handoff"]
@@ -256,6 +256,11 @@ class RoleOrdered:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
 class DrainOrdered:
     worker_id: str
     by: str
@@ -308,6 +313,7 @@ Event = (
     | PlannerOrdered
     | PlanRolledBack
     | ContractsSet
+    | PolicyChanged
     | ServerDraining
     | Tick
 )
@@ -369,6 +375,12 @@ class SendRole:
 
 
 @dataclass(frozen=True, slots=True)
+class SendPolicy:
+    worker_id: str
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
 class SendDrain:
     worker_id: str
 
@@ -423,6 +435,7 @@ Command = (
     | Reattach
     | SendRole
     | SendDrain
+    | SendPolicy
     | Decided
     | PlanChanged
     | HandoffCounted

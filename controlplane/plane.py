@@ -7,6 +7,8 @@ chance give the same commands. Requests in == completed + failed + cancelled + r
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from controlplane import domain, protocol, views
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
@@ -70,6 +72,8 @@ class ControlPlane:
                 limit = self._config.contracts_max
                 assert len(event.contracts) <= limit, (len(event.contracts), limit)
                 self._requests.ledger.set_contracts(event.contracts, event.spent)
+            case domain.PolicyChanged():
+                self._on_policy(event)
             case domain.ServerDraining():
                 self._requests.is_draining = True
             case domain.Tick():
@@ -221,6 +225,15 @@ class ControlPlane:
         worker.status = "draining"
         self._requests.refile(worker)
         self._commands.append(domain.SendDrain(worker.worker_id))
+
+    def _on_policy(self, event: domain.PolicyChanged) -> None:
+        """For those who join from now on, and for everyone who is here."""
+        rows_max = self._registry.policy.batch_rows_max  # a setting of ours, not of a class
+        policy = msgspec.structs.replace(event.policy, batch_rows_max=rows_max)
+        self._registry.policy = policy
+        for worker in self._registry.workers.values():
+            if worker.status != "lost":
+                self._commands.append(domain.SendPolicy(worker.worker_id, policy))
 
     def _lose(self, worker: Worker, why: str, now_s: float, is_crash: bool = False) -> None:
         """From here on nothing that this incarnation says counts."""

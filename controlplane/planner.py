@@ -20,6 +20,7 @@ from controlplane.registry import Worker
 from controlplane.sizing import DecodeLoad, PromptLoad, decode_workers, prefill_workers
 
 SIZES_MAX = 500  # newest prompts and outputs that mean sizes are taken of
+DECODE_SHARE = 0.6  # of the ITL target that decode steps are planned to fill: batch still fits
 FLOOR_TICKS = 2  # plans in a row in which the forecast must ask for the same change
 SAMPLES_MAX = 20_000  # requests, and reports, of one window; the newest count
 PREFILL_BUSY = 0.85  # plan with a prefill pool no busier than this (algorithms.md 2e)
@@ -205,7 +206,7 @@ class Planner:
         need_decode = decode_workers(
             outputs,
             sample.step_model,
-            self.config.kappa * history.itl_s,
+            DECODE_SHARE * history.itl_s,
             min(worker.hello.num_blocks * worker.hello.block_tokens for worker in live),
         )
         role: Role | None = None

@@ -35,6 +35,13 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     dtype: str
 
 
+class DeviceLoad(msgspec.Struct, frozen=True):
+    """What the driver tells of a device now."""
+
+    utilization: float  # share of its last sampling period with work running, 0 to 1
+    power_w: float
+
+
 class ModelFacts(msgspec.Struct, frozen=True):
     """A model that a worker has loaded. `weights_sha256` makes two replicas comparable."""
 
@@ -157,6 +164,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     kv_blocks_cached: int
     kv_blocks_held_batch: int
     step_model: StepModel
+    device: DeviceLoad | None = None  # None: the device does not tell
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):
@@ -183,7 +191,8 @@ class HandoffReady(msgspec.Struct, frozen=True, tag="handoff_ready"):
 
 
 class HandoffDone(msgspec.Struct, frozen=True, tag="handoff_done"):
-    """The decode worker holds verified KV and goes on decoding."""
+    """The decode worker holds verified KV and begins its first step with it. `seconds` passed
+    between the computed prompt and its KV in place."""
 
     request_id: str
     epoch: int
@@ -213,6 +222,9 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
 # --- console -> worker ---------------------------------------------------------------------------
 
 
+IDLE_TTFT_SHARE = 0.05  # design.md section 11
+
+
 class Policy(msgspec.Struct, frozen=True):
     """Settings that a worker's scheduler takes from the control plane."""
 
@@ -222,6 +234,22 @@ class Policy(msgspec.Struct, frozen=True):
     chunk_tokens_max: int = 512  # of one sequence in one step
     step_tokens_max: int = 1024  # token rows of one step; bounds activation memory
     first_token_share: float = 0.25  # of batch's target, in a step that yields a first token
+
+    @classmethod
+    def for_targets(
+        cls,
+        ttft_s: float,
+        itl_s: float,
+        kappa: float,
+        first_token_share: float = 0.25,
+    ) -> "Policy":
+        """For workers whose strictest latency class has these targets: batch alone may delay an
+        arrival by IDLE_TTFT_SHARE of its TTFT target, or by what it may fill of a step."""
+        return cls(
+            kappa,
+            max(IDLE_TTFT_SHARE * ttft_s, kappa * itl_s),
+            first_token_share=first_token_share,
+        )
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -321,6 +349,12 @@ class SetRole(msgspec.Struct, frozen=True, tag="set_role"):
     role: Role
 
 
+class SetPolicy(msgspec.Struct, frozen=True, tag="set_policy"):
+    """The SLO classes have changed: plan with these settings from the next step on."""
+
+    policy: Policy
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Take nothing new, finish what is there, answer `Drained`."""
 
@@ -343,7 +377,7 @@ FromWorker = (
     | Drained
     | Goodbye
 )
-ToWorker = Welcome | Refused | Assign | Cancel | Resend | SetRole | Drain | Ack
+ToWorker = Welcome | Refused | Assign | Cancel | Resend | SetRole | SetPolicy | Drain | Ack
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)

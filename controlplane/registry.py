@@ -274,6 +274,7 @@ class Registry:
         self._config = config
         self._secret = secret
         self._num_joined = 0
+        self.policy = protocol.Policy(batch_rows_max=config.batch_rows_max)
         self.workers: dict[str, Worker] = {}
 
     def welcome(self, worker: Worker) -> protocol.Welcome:
@@ -282,7 +283,7 @@ class Registry:
             worker.epoch,
             self._resume_secret(worker.worker_id, worker.nonce),
             protocol.CREDIT_FRAMES,
-            self._config.policy,
+            self.policy,
         )
 
     def capability(self, request_id: str, epoch: int, prefill: str, decode: str) -> str:

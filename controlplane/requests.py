@@ -392,8 +392,7 @@ class Requests:
             self._placer.pools.refile(prefill)
         pair = (placement.prefill_worker, placement.decode_worker)
         if tracked.handoff_ready_at_s is not None:
-            # The message may count the wait for the prefill as well. Bytes are those that the
-            # prediction counts with.
+            # Not more than passed here. Bytes are those that the prediction counts with.
             seconds = min(message.seconds, now_s - tracked.handoff_ready_at_s)
             per_token = worker.model(tracked.request.model_id).kv_bytes_per_token
             num_bytes = max(1, per_token * tracked.request.prompt_tokens)

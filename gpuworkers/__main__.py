@@ -1,7 +1,7 @@
 """`python -m gpuworkers`: joins a console and serves until told to stop.
 
 Exit codes: 0 after SIGTERM or when the parent is gone, 2 for a wrong setting or model folder,
-3 when the console refuses the worker, 1 for a defect.
+3 when the console refuses the worker, 1 for a defect or a device that failed.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.link import JoinRefused
 from gpuworkers.server import Worker, WorkerFacts
 
-EXIT_PERMANENT, EXIT_REFUSED = 2, 3
+EXIT_FAILED, EXIT_PERMANENT, EXIT_REFUSED = 1, 2, 3
 PARENT_POLL_S = 0.5
 PARENT_GONE_S_MAX = 3.0  # for a goodbye; then the process ends whatever it does
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -47,15 +47,16 @@ def follow_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any]]:
-    """Each worker's engine and device facts. The module is chosen by name, so that a modelled
-    worker does not load torch."""
+def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any, Any]]:
+    """Each worker's engine, device facts and question for the device's load. The module is chosen
+    by name, so that a modelled worker does not load torch."""
     engines = []
     for _ in range(worker.count):
         if worker.engine == "fake":
             fake = importlib.import_module("gpuworkers.fake")
             parts = fake.load(worker.profile, worker.model_id, worker.kv_tokens)
-        else:
+            device_load = no_load
+        elif worker.device == "cpu":
             runner = importlib.import_module("gpuworkers.runner")
             parts = runner.load(
                 worker.model_dir,
@@ -65,15 +66,24 @@ def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any]]:
                 worker.kv_tokens,
                 worker.threads,
             )
+            device_load = no_load
+        else:
+            cudarunner = importlib.import_module("gpuworkers.cudarunner")
+            parts, device_load = cudarunner.load(
+                worker.model_dir, worker.model_id, worker.device, worker.kv_tokens
+            )
         model_runner, model, device, step_model = parts
-        engines.append(
-            (Engine(model_runner, EngineConfig(), step_model, model, worker.role), device)
-        )
+        engine = Engine(model_runner, EngineConfig(), step_model, model, worker.role)
+        engines.append((engine, device, device_load))
     return engines
 
 
+def no_load() -> None:
+    """Of a device that does not tell its load."""
+
+
 def learned_models(
-    worker: WorkerConfig, engines: list[tuple[Engine, Any]]
+    worker: WorkerConfig, engines: list[tuple[Engine, Any, Any]]
 ) -> list[tuple[LatencyModel, str, str]]:
     """Latency models worth keeping, each with its model id and device: not modelled ones."""
     if worker.engine == "fake":
@@ -84,11 +94,11 @@ def learned_models(
             engine.model.model_id,
             f"{device.name} {device.dtype} {worker.numerics}",
         )
-        for engine, device in engines
+        for engine, device, _ in engines
     ]
 
 
-async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any]]) -> None:
+async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any, Any]]) -> None:
     """Runs the workers until a signal. Raises JoinRefused, or what broke an engine."""
     loop = asyncio.get_running_loop()
     make = driver.TaskDriver if worker.engine == "fake" else driver.ThreadDriver
@@ -101,12 +111,13 @@ async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any]]) -> None
                 worker.engine,
                 device,
                 worker.handoff_bind,
+                device_load,
             ),
             engine,
             lambda engine, report: make(engine, loop.time, report),
             random.random,
         )
-        for index, (engine, device) in enumerate(engines)
+        for index, (engine, device, device_load) in enumerate(engines)
     ]
     stopping: list[asyncio.Task[None]] = []
 
@@ -148,9 +159,12 @@ def main(argv: list[str]) -> int:
         return EXIT_REFUSED
     except SlackwaterError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_PERMANENT if error.permanent else 1
+        return EXIT_PERMANENT if error.permanent else EXIT_FAILED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == EXIT_FAILED:
+        os._exit(code)  # the destructors of a broken CUDA context abort, in many lines of their own
+    sys.exit(code)

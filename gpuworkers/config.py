@@ -20,6 +20,7 @@ TOKEN_VARIABLE = "SLACKWATER_JOIN_TOKEN"  # preferred to --token, which `ps` sho
 WORKERS_MAX = 512  # modelled workers of one process
 THREADS_MAX = 256
 KV_TOKENS_MAX = 1 << 26
+DEVICE = re.compile(r"cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MODELLED_MODEL_ID = "modelled-8b"
 
@@ -39,7 +40,7 @@ class WorkerConfig:
     count: int
     profile: str  # fake only
     dtype: Literal["auto", "fp32", "bf16"]
-    numerics: Literal["exact", "fast"]
+    numerics: Literal["exact", "fast"]  # exact is for cpu
     kv_tokens: int  # 0: what the engine takes by itself
     threads: int
     nice: int
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=1, help="modelled workers in this process (fake engine)")
     add("--profile", default="h200-8b", help="step times of the fake engine")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-    add("--numerics", choices=("exact", "fast"), default="exact")
+    add("--numerics", choices=("exact", "fast"), help="default: exact on cpu, fast on cuda:N")
     add("--kv-tokens", type=int, default=0, help="KV room in tokens (default: by the engine)")
     add("--threads", type=int, default=1, help="compute threads")
     add("--nice", type=int, default=0, help="lower the priority by this much")
@@ -99,7 +100,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> WorkerConfig:
         count=options.count,
         profile=options.profile,
         dtype=options.dtype,
-        numerics=options.numerics,
+        numerics=options.numerics or ("exact" if options.device == "cpu" else "fast"),
         kv_tokens=options.kv_tokens,
         threads=options.threads,
         nice=options.nice,
@@ -124,7 +125,11 @@ def _check(config: WorkerConfig) -> None:
         raise ConfigError(f"{len(config.tokens)} join tokens for --count {config.count}")
     if config.engine == "native":
         _need(config.count == 1, "--count", config.count, "1 with --engine native")
-        _need(config.device == "cpu", "--device", config.device, "cpu")
+        is_device = DEVICE.fullmatch(config.device) is not None
+        _need(is_device, "--device", config.device, "cpu or cuda:N")
+        if config.device != "cpu":
+            _need(config.numerics == "fast", "--numerics", config.numerics, "fast on a GPU")
+            _need(config.dtype in ("auto", "bf16"), "--dtype", config.dtype, "bf16 on a GPU")
         if config.model_dir is None or not config.model_dir.is_dir():
             raise ConfigError(f"--model={config.model_dir}: expected a model folder")
     try:

@@ -6,6 +6,7 @@ request has at most one epoch here: a newer one replaces the older. Ids that end
 stop ids) are reported like any other id; the gateway leaves them out of the text.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from controlplane import protocol
 from controlplane.latency import LatencyModel
 from gpuworkers import blocks, scheduler
+from gpuworkers.handofflayers import LayerListener, layer_hook
 from gpuworkers.kvstore import KVStore
 from gpuworkers.load import LoadMeter
 from gpuworkers.reports import EndedSequences, Key, report
@@ -42,7 +44,12 @@ class Runner(Protocol):
     kv: KVStore
     eos_token_ids: frozenset[int]
 
-    def run(self, plan: scheduler.Plan) -> RunResult: ...
+    def run(
+        self, plan: scheduler.Plan, layer_written: Callable[[int], None] | None = None
+    ) -> RunResult:
+        """Calls layer_written with each layer's number once a read that begins then sees the KV of
+        all rows in it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,8 @@ class Engine:
         self._ended = EndedSequences(config.finished_kept_max)
         self._reports: list[protocol.SequenceReport] = []  # to go with the next step
         self._meter = LoadMeter()
+        self._online_arrival_s = -math.inf
+        self.layer_listener: LayerListener | None = None  # set once by the worker
 
     # --- assignments
 
@@ -115,6 +124,8 @@ class Engine:
         if reason is not None:
             return self._rejected(key, reason)
         self._sequences[key] = sequence
+        if not sequence.is_batch:
+            self._online_arrival_s = now_s
         self._epochs[sequence.request_id] = sequence.epoch
         finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
         if finish_reason is not None:  # the ids already delivered end it; only the news was lost
@@ -255,13 +266,13 @@ class Engine:
         """Schedule, run, record. `clock` measures the run; now_s is the same clock's time."""
         self._kv.grow(self._sequences.values())
         self._start_batch()
-        plan = scheduler.plan(now_s, self._state(), self.step_model, self.config.policy)
+        plan = scheduler.plan(now_s, self._state(now_s), self.step_model, self.config.policy)
         ready: list[Key] = []
         measured_s = 0.0
         if plan.rows:
             started_at_s = clock()
             self.step_model.observe_host(max(0.0, started_at_s - now_s))
-            result = self.runner.run(plan)
+            result = self.runner.run(plan, self._layer_hook(plan))
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
             self.step_model.observe(plan.features, measured_s)
@@ -271,6 +282,10 @@ class Engine:
             self.check_integrity()
         reports, self._reports = self._reports, []
         return StepResult(reports, ready, measured_s)
+
+    def _layer_hook(self, plan: scheduler.Plan) -> Callable[[int], None] | None:
+        num_layers = self.runner.kv.num_layers
+        return layer_hook(plan, self.pool.block_tokens, num_layers, self.layer_listener)
 
     def _next_batch(self) -> Sequence | None:
         """The oldest waiting batch sequence, when it may get its blocks now."""
@@ -286,14 +301,13 @@ class Engine:
         while (sequence := self._next_batch()) is not None:
             self._kv.start(sequence)
 
-    def _state(self) -> scheduler.SchedulerState:
-        running = [s for s in self._sequences.values() if s.phase == "running"]
-        return scheduler.SchedulerState(
-            decoding=tuple(s for s in running if s.is_decoding and not s.is_batch),
-            prefilling=tuple(s for s in running if not s.is_decoding and not s.is_batch),
-            batch_decoding=tuple(s for s in running if s.is_decoding and s.is_batch),
-            batch_prefilling=tuple(s for s in running if not s.is_decoding and s.is_batch),
-        )
+    def _state(self, now_s: float) -> scheduler.SchedulerState:
+        kinds: tuple[list[Sequence], ...] = ([], [], [], [])
+        for sequence in self._sequences.values():  # hundreds, while the device waits
+            if sequence.phase == "running":
+                kinds[2 * sequence.is_batch + (not sequence.is_decoding)].append(sequence)
+        quiet_s = now_s - self._online_arrival_s
+        return scheduler.SchedulerState(*(tuple(kind) for kind in kinds), quiet_s=quiet_s)
 
     def _record(self, plan: scheduler.Plan, result: RunResult, at_s: float) -> list[Key]:
         """Take the ids in, publish full blocks, end what has ended; returns ready prefills."""

@@ -8,6 +8,7 @@ split.
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from controlplane import protocol
@@ -109,12 +110,14 @@ class FakeRunner:
         self.kv = kv
         self._step = step
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, plan: Plan, layer_written: Callable[[int], None] | None = None) -> RunResult:
         token_ids: list[int | None] = []
         for row in plan.rows:
             value = self._compute(row)
             if row.samples:
                 token_ids.append(_draw(row.sequence, value))
+        for layer in range(self.kv.num_layers if layer_written is not None else 0):
+            layer_written(layer)
         return RunResult(token_ids, modelled_s=step_s(self._step, plan.features))
 
     def _compute(self, row: PlanRow) -> int:

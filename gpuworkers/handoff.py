@@ -1,60 +1,38 @@
-"""KV from a prefill worker to a decode worker, over one TCP connection for each transfer.
+"""KV from a prefill worker to a decode worker: the prefill side.
 
-The decode worker connects and shows the one-time capability that the control plane issued to both.
-The prefill worker answers when the prompt is computed: a fixed header, then layer after layer, each
-with a checksum keyed by the capability, so that a stale or swapped piece fails like a damaged one.
-Every size is checked against what the receiver reserved before anything is allocated. Layers are
-read and written between two awaits of the event loop; the blocks belong to the transfer until the
-other side has confirmed, failed, or the lease is over.
+The decode worker connects (handofffetch.py) and shows the one-time capability that the control
+plane issued to both. The prefill worker answers with a header as soon as a part of the prompt is
+final in some layer, and from then on sends what becomes final while later layers and chunks are
+computed (handofflayers.py): of a computed prompt only the last layers are still to leave. Last come
+the ids sampled at its end; without them nothing of what came before is used. Blocks are read
+between two awaits of the event loop and belong to the transfer until the other side has confirmed,
+failed, or the lease is over. A prompt that ends with its first id frees its blocks at once: it gets
+no trailer, so what is read of them then is of no use to anybody.
 """
 
 import asyncio
 import logging
-import struct
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from controlplane import protocol
-from gpuworkers import handoffwire
-from gpuworkers.engine import Key
-from gpuworkers.handoffwire import HandoffError
+from gpuworkers import handoffcarrier, handoffwire
+from gpuworkers.blocks import blocks_for
+from gpuworkers.handofflease import Departure, Lease
+from gpuworkers.handoffwire import HandoffError, Place
 from gpuworkers.kvstore import KVStore
+from gpuworkers.reports import Key
 
 CONNECTIONS_MAX = 512  # accepted, most of them waiting for their prompt
-READ_BYTES = 1 << 20  # taken from the socket before the reader is paused
-TRANSFERS_MAX = 4  # sending at the same time
+TRANSFERS_MAX = 4  # with pieces on their way at the same time
 OFFERS_MAX = 1024
 REQUEST_S_MAX = 5.0  # from the open socket to the whole request
 EARLY_S_MAX = 2.0  # a peer may ask before our own Assign arrives
-READY_S_MAX = 120.0  # the peer gives up earlier by its own timeout
-SEND_S_MAX = 30.0
+READY_S_MAX = 120.0  # without news of the prompt; the peer gives up earlier by its own timeout
+SEND_S_MAX = 30.0  # for pieces that are final
+DEPARTURES_KEPT_MAX = 4096
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A transfer that ended well. `seconds` runs from the header to the last layer."""
-
-    first_ids: list[int]
-    bytes: int
-    seconds: float
-
-
-@dataclass(slots=True)
-class _Lease:
-    """One prompt that a peer may fetch once."""
-
-    key: Key
-    digest: bytes  # of the capability
-    tokens: int
-    lease_s: float
-    block_ids: list[int] = field(default_factory=list)
-    first_ids: list[int] = field(default_factory=list)
-    is_taken: bool = False
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    is_over: bool = False
-    expiry: asyncio.TimerHandle | None = None
 
 
 class HandoffServer:
@@ -69,8 +47,9 @@ class HandoffServer:
         self._kv = kv
         self._sent = sent
         self._dropped = dropped
-        self._by_key: dict[Key, _Lease] = {}
-        self._by_digest: dict[bytes, _Lease] = {}
+        self.departures: deque[Departure] = deque(maxlen=DEPARTURES_KEPT_MAX)  # of all transfers
+        self._by_key: dict[Key, Lease] = {}
+        self._by_digest: dict[bytes, Lease] = {}
         self._early: dict[bytes, asyncio.Event] = {}
         self._sending = asyncio.Semaphore(TRANSFERS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,21 +77,29 @@ class HandoffServer:
         digest = handoffwire.digest_of(out.capability)
         if key in self._by_key or digest in self._by_digest or len(self._by_key) >= OFFERS_MAX:
             return False
-        lease = _Lease(key, digest, tokens, out.lease_s)
+        num_blocks = blocks_for(tokens, self._kv.block_tokens)
+        lease = Lease(key, digest, tokens, out.lease_s, self._kv.num_layers, num_blocks)
         self._by_key[key] = self._by_digest[lease.digest] = lease
         if (early := self._early.get(lease.digest)) is not None:
             early.set()
         return True
+
+    def advance(
+        self, key: Key, block_ids: list[int], layers: range, num_blocks: int, at_s: float
+    ) -> None:
+        """The leading num_blocks of the prompt's blocks are final in these layers."""
+        if (lease := self._by_key.get(key)) is not None:
+            lease.advance(block_ids, layers, num_blocks, at_s)
 
     def ready(self, key: Key, block_ids: list[int], first_ids: list[int]) -> bool:
         """The prompt is computed: the lease begins. False when it was revoked meanwhile."""
         lease = self._by_key.get(key)
         if lease is None:
             return False
-        lease.block_ids, lease.first_ids = block_ids, first_ids
         loop = asyncio.get_running_loop()
+        lease.advance(block_ids, range(self._kv.num_layers), len(block_ids), loop.time())
+        lease.finish(first_ids, loop.time())
         lease.expiry = loop.call_later(lease.lease_s, self._end, lease, self._dropped)
-        lease.ready.set()
         return True
 
     def revoke(self, key: Key) -> None:
@@ -129,14 +116,11 @@ class HandoffServer:
         for key in list(self._by_key):
             self.revoke(key)
 
-    def _end(self, lease: _Lease, report: Callable[[Key], None] | None) -> None:
+    def _end(self, lease: Lease, report: Callable[[Key], None] | None) -> None:
         if lease.is_over:
             return
-        lease.is_over = True
-        if lease.expiry is not None:
-            lease.expiry.cancel()
+        lease.end()
         del self._by_key[lease.key], self._by_digest[lease.digest]
-        lease.ready.set()
         if report is not None:
             report(lease.key)
 
@@ -155,25 +139,24 @@ class HandoffServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(REQUEST_S_MAX):
-            digest = await handoffwire.read_request(reader)
+            digest, place = await handoffwire.read_request(reader)
         lease = await self._claim(digest)
-        if lease is not None:
-            async with asyncio.timeout(READY_S_MAX):
-                await lease.ready.wait()
-        if lease is None or lease.is_over:
+        if lease is None:
             writer.write(handoffwire.REFUSAL)
             await writer.drain()
             return
+        watch = asyncio.create_task(lease.watch(reader))
         try:
-            async with asyncio.timeout(SEND_S_MAX), self._sending:
-                await self._send(lease, writer)
-                is_confirmed = await reader.readexactly(1) == handoffwire.ACK
-        except (OSError, asyncio.IncompleteReadError):  # OSError includes TimeoutError
+            await self._send(lease, place, writer)
+        except (OSError, HandoffError):  # OSError includes TimeoutError
             self._end(lease, self._dropped)  # the capability is spent: nobody will come again
             raise
-        self._end(lease, self._sent if is_confirmed else self._dropped)
+        finally:
+            watch.cancel()
+            await asyncio.wait([watch])
+        self._end(lease, self._sent)
 
-    async def _claim(self, digest: bytes) -> _Lease | None:
+    async def _claim(self, digest: bytes) -> Lease | None:
         """The offer of this capability, once. Waits a little where it did not arrive yet."""
         if digest not in self._by_digest and digest not in self._early:
             self._early[digest] = asyncio.Event()
@@ -190,83 +173,74 @@ class HandoffServer:
         lease.is_taken = True
         return lease
 
-    async def _send(self, lease: _Lease, writer: asyncio.StreamWriter) -> None:
+    async def _send(self, lease: Lease, place: Place, writer: asyncio.StreamWriter) -> None:
+        """Returns when the peer has confirmed all of it. Raises HandoffError and OSError."""
         kv = self._kv
-        if lease.is_over:  # while others were sending
-            raise HandoffError("refused", f"{lease.key} is over")
-        writer.write(
-            handoffwire.pack_header(
-                kv, lease.digest, len(lease.block_ids), lease.tokens, lease.first_ids
-            )
-        )
-        for layer in range(kv.num_layers):
-            if lease.is_over:
-                raise HandoffError("refused", f"{lease.key} ended in the middle")
-            data = kv.read(layer, lease.block_ids)
-            writer.write(data)
-            writer.write(handoffwire.checksum(lease.digest, layer, data))
-            await writer.drain()
-
-
-async def fetch(
-    source: protocol.HandoffIn, kv: KVStore, block_ids: list[int], tokens: int
-) -> Fetched:
-    """Fetch the KV of `tokens` tokens into our blocks. Raises HandoffError; blocks may then hold
-    parts of a transfer. A caller that cancels may reuse the blocks at once."""
-    host, port = _host_port(source.address)
-    writer = None
-    try:
-        async with asyncio.timeout(source.timeout_s):
-            reader, writer = await asyncio.open_connection(host, port, limit=READ_BYTES)
-            return await _fetch(reader, writer, source.capability, kv, block_ids, tokens)
-    except TimeoutError:
-        raise HandoffError("timeout", f"nothing usable within {source.timeout_s} s") from None
-    except asyncio.IncompleteReadError as error:
-        raise HandoffError("unreachable", f"peer gone: {error}") from None
-    except OSError as error:
-        raise HandoffError("unreachable", f"{source.address}: {error}") from None
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-def _host_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise HandoffError("unreachable", f"{address!r} is no address")
-    return host.strip("[]"), int(port)
-
-
-async def _fetch(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    capability: str,
-    kv: KVStore,
-    block_ids: list[int],
-    tokens: int,
-) -> Fetched:
-    shown = capability.encode()
-    digest = handoffwire.digest_of(capability)
-    writer.write(
-        handoffwire.REQUEST.pack(handoffwire.MAGIC, handoffwire.VERSION, len(shown)) + shown
-    )
-    header = await reader.readexactly(handoffwire.HEADER.size)
-    started_at_s = asyncio.get_running_loop().time()
-    num_first_ids = handoffwire.check_header(header, kv, len(block_ids), tokens)
-    header += await reader.readexactly(4 * num_first_ids)
-    handoffwire.verify(digest, -1, header, await reader.readexactly(handoffwire.CHECKSUM_BYTES))
-    layer_bytes = kv.layer_block_bytes * len(block_ids)
-    for layer in range(kv.num_layers):
-        data = await reader.readexactly(layer_bytes)
-        handoffwire.verify(
-            digest, layer, data, await reader.readexactly(handoffwire.CHECKSUM_BYTES)
-        )
         try:
-            kv.write(layer, block_ids, data)
-        except ValueError as error:  # correctly sent, yet no KV: values that are not finite
-            raise HandoffError("malformed", str(error)) from None
-    seconds = asyncio.get_running_loop().time() - started_at_s
-    writer.write(handoffwire.ACK)
-    await writer.drain()
-    first_ids = list(struct.unpack_from(f"<{num_first_ids}I", header, handoffwire.HEADER.size))
-    return Fetched(first_ids, kv.num_layers * layer_bytes, seconds)
+            async with asyncio.timeout(READY_S_MAX):
+                await lease.until(lambda: lease.has_piece)
+        except HandoffError:
+            writer.write(handoffwire.REFUSAL)
+            raise
+        blocks_max = handoffwire.piece_blocks(kv, lease.num_blocks)
+        outlet = handoffcarrier.attach(place, blocks_max * kv.layer_block_bytes, writer)
+        try:
+            writer.write(
+                handoffwire.pack_header(
+                    kv, lease.digest, lease.num_blocks, lease.tokens, outlet.carrier
+                )
+            )
+            num_sent = 0
+            while not lease.has_left:
+                async with asyncio.timeout(READY_S_MAX):
+                    await lease.until(lambda: lease.has_piece)
+                async with asyncio.timeout(SEND_S_MAX), self._sending:
+                    num_sent = await self._send_final(lease, outlet, writer, num_sent, blocks_max)
+            try:
+                async with asyncio.timeout(READY_S_MAX):
+                    await lease.until(lambda: bool(lease.first_ids))
+            except HandoffError:
+                writer.write(handoffwire.pack_trailer(lease.digest, 0.0, []))
+                raise
+            async with asyncio.timeout(SEND_S_MAX):
+                after_s = asyncio.get_running_loop().time() - lease.ready_at_s
+                writer.write(handoffwire.pack_trailer(lease.digest, after_s, lease.first_ids))
+                await writer.drain()
+                await lease.until(lambda: lease.num_acks > num_sent)
+        finally:
+            outlet.close()
+        logger.info(
+            "handoff sent request=%s epoch=%d carrier=%s pieces=%d after_ms=%.1f",
+            *lease.key, outlet.carrier, num_sent, after_s * 1e3,
+        )  # fmt: skip
+
+    async def _send_final(
+        self,
+        lease: Lease,
+        outlet: handoffcarrier.Outlet,
+        writer: asyncio.StreamWriter,
+        num_sent: int,
+        blocks_max: int,
+    ) -> int:
+        """Sends what is final until nothing is left of it and all is confirmed; returns the number
+        of pieces sent so far."""
+
+        def may_send() -> bool:
+            return lease.has_piece and num_sent - lease.num_acks < handoffwire.PIECES_AHEAD_MAX
+
+        def is_done() -> bool:
+            return not lease.has_piece and lease.num_acks == num_sent
+
+        while True:
+            await lease.until(lambda: may_send() or is_done())
+            if is_done():
+                return num_sent
+            piece, final_at_s = lease.take(blocks_max)
+            data = self._kv.read(piece.layer, lease.block_ids[piece.first : piece.end])
+            outlet.put(num_sent, handoffwire.pack_piece(lease.digest, num_sent, piece, data), data)
+            num_sent += 1
+            await writer.drain()
+            left_at_s = asyncio.get_running_loop().time()
+            self.departures.append(
+                Departure(lease.key, piece.layer, piece.first, piece.end, final_at_s, left_at_s)
+            )

@@ -4,6 +4,7 @@ The link's thread sends them, so they keep coming while a long step runs in the 
 """
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -13,22 +14,36 @@ from gpuworkers.link import Link
 
 
 class Heart:
-    """Sends a Heartbeat when nothing else left for `link.heartbeat_s`."""
+    """Sends a Heartbeat when nothing else left for `link.heartbeat_s`, and asks the device for its
+    load as often."""
 
-    def __init__(self, link: Link, driver: Driver) -> None:
+    def __init__(
+        self,
+        link: Link,
+        driver: Driver,
+        device_load: Callable[[], protocol.DeviceLoad | None],
+    ) -> None:
         self._link = link
         self._driver = driver
-        self.load: protocol.WorkerLoad | None = None  # of the newest report
+        self._device_load = device_load
+        self._device: protocol.DeviceLoad | None = None
+        self._load: protocol.WorkerLoad | None = None  # of the newest report
+
+    def observe(self, load: protocol.WorkerLoad) -> protocol.WorkerLoad:
+        """Take the newest load in; returns it with the device's."""
+        self._load = msgspec.structs.replace(load, device=self._device)
+        return self._load
 
     async def beat(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
+            self._device = self._device_load()
             now_s = loop.time()
             due_s = self._link.sent_at_s + self._link.heartbeat_s
             if now_s >= due_s:
-                if self.load is not None and self._link.is_joined:
-                    self._link.post(self._heartbeat(self.load, now_s))
+                if self._load is not None and self._link.is_joined:
+                    self._link.post(self._heartbeat(self._load, now_s))
                 due_s = now_s + self._link.heartbeat_s
             await asyncio.sleep(due_s - now_s)
 
@@ -36,5 +51,7 @@ class Heart:
         """The newest load; of its seconds only the idle ones have grown since."""
         since_s = self._driver.busy_since_s
         idle_s = self._driver.idle.take(now_s)
-        load = msgspec.structs.replace(load, online_s=0.0, batch_s=0.0, idle_s=idle_s)
+        load = msgspec.structs.replace(
+            load, online_s=0.0, batch_s=0.0, idle_s=idle_s, device=self._device
+        )
         return protocol.Heartbeat(load, 0.0 if since_s is None else max(0.0, now_s - since_s))

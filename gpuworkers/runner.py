@@ -1,13 +1,12 @@
-"""Turns a plan into arrays, one ragged forward pass and sampled ids; loads and calibrates a model.
+"""Turns a plan into one forward pass and sampled ids; loads and calibrates a model on CPUs.
 
-`load` is the only way to get a runner: it reads the model folder, chooses dtype and exact paddings
-by probing this machine, and measures the step model that the scheduler plans with.
+`load` reads the model folder, chooses dtype and exact paddings by probing this machine, and
+measures the step model that the scheduler plans with. cudarunner.py does the same for a GPU.
 """
 
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from controlplane import protocol
@@ -17,12 +16,12 @@ from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes, p
 from gpuworkers.engine import RunResult
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.config import LlamaConfig, read_config
-from gpuworkers.models.llama import Llama, load_llama
+from gpuworkers.models.llama import load_llama
 from gpuworkers.sampler import edit, logprobs_of, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import Sequence
+from gpuworkers.stepper import BlockTables, GraphStepper, LayerWritten, Stepper, StepRow
 from gpuworkers.weights import WeightFiles
-from kernels.ops import Ops, SequenceTokens
 from kernels.torchops import backend, linear
 
 BLOCK_TOKENS = 16
@@ -30,52 +29,57 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUMERICS = ("exact", "fast")
 KV_TOKENS_DEFAULT = 16_384  # where memory allows it
 KV_MEMORY_SHARE = 1 / 16  # of physical memory, for the default
-# (sequences, tokens before, tokens to compute): what calibration runs
-CALIBRATION_STEPS = ((1, 64, 1), (4, 64, 1), (4, 256, 1), (16, 64, 1), (1, 0, 64), (1, 0, 192))
+Shapes = tuple[tuple[int, int, int], ...]  # (sequences, tokens before, tokens to compute)
+CALIBRATION_STEPS: Shapes = (
+    (1, 64, 1),
+    (4, 64, 1),
+    (4, 256, 1),
+    (16, 64, 1),
+    (1, 0, 64),
+    (1, 0, 192),
+)
 CALIBRATION_REPEATS = 2
 
 
 class TorchRunner:
     """See engine.Runner. Not thread safe: one engine thread."""
 
-    def __init__(self, model: Llama, ops: Ops, kv: TorchKVCache) -> None:
-        self.model = model
-        self.ops = ops
+    def __init__(self, stepper: Stepper | GraphStepper, kv: TorchKVCache) -> None:
+        self.stepper = stepper
+        self.model = stepper.model
+        self.ops = stepper.ops
         self.kv = kv
-        self.eos_token_ids = model.config.eos_token_ids
+        self.eos_token_ids = self.model.config.eos_token_ids
+        self._tables = BlockTables()
 
-    def run(self, plan: Plan) -> RunResult:
-        """Compute the plan's rows and draw the ids of those that sample."""
-        with torch.inference_mode():
-            logits = self.logits(plan.rows)
+    def run(self, plan: Plan, layer_written: LayerWritten | None = None) -> RunResult:
+        """Compute the plan's rows and draw the ids of those that sample. Raises DeviceFailed."""
+        with torch.inference_mode(), self.kv.work():
+            logits = self.logits(plan.rows, layer_written)
             sampling = [row.sequence for row in plan.rows if row.samples]
             if not sampling:
+                self.kv.synchronize()
                 return RunResult([])
             edited = edit(logits, sampling, self.eos_token_ids)
             token_ids = self.ops.sample(edited, sampling_table(sampling))
             return RunResult(token_ids, logprobs_of(self.ops, logits, sampling, token_ids))
 
-    def logits(self, rows: tuple[PlanRow, ...]) -> torch.Tensor:
+    def logits(
+        self, rows: tuple[PlanRow, ...], layer_written: LayerWritten | None = None
+    ) -> torch.Tensor:
         """Logits of the rows that sample, in their order; writes KV of all rows."""
-        token_ids, positions, sequences, last_rows = [], [], [], []
-        num_rows = 0
-        for row in rows:
-            end = row.start + row.count
-            token_ids.append(np.array(row.sequence.token_ids[row.start : end], dtype=np.int64))
-            positions.append(np.arange(row.start, end))
-            table = np.array(row.sequence.block_ids, dtype=np.int64)
-            sequences.append(SequenceTokens(row.start, row.count, table))
-            num_rows += row.count
-            if row.samples:
-                last_rows.append(num_rows - 1)
-        step = self.ops.plan_step(sequences, self.model.heads, self.kv.block_tokens)
-        return self.model.forward(
-            self.ops,
-            torch.from_numpy(np.concatenate(token_ids)),
-            torch.from_numpy(np.concatenate(positions)),
-            self.kv.layers,
-            step,
-            torch.tensor(last_rows, dtype=torch.int64),
+        tables = self._tables.take([row.sequence.block_ids for row in rows])
+        return self.stepper.logits(
+            [
+                StepRow(
+                    row.sequence.token_ids[row.start : row.start + row.count],
+                    row.start,
+                    table,
+                    row.samples,
+                )
+                for row, table in zip(rows, tables, strict=True)
+            ],
+            layer_written,
         )
 
 
@@ -114,7 +118,7 @@ def load(
         if numerics == "exact":
             ops = backend.exact(ops, model.packed_shapes(), chosen, model.heads)
         kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, chosen)
-    runner = TorchRunner(model, ops, kv)
+    runner = TorchRunner(Stepper(model, ops, kv.layers, BLOCK_TOKENS), kv)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // BLOCK_TOKENS
     facts = protocol.ModelFacts(
         model_id, files.sha256(), max_model_len, config.vocab_size, bytes_per_token
@@ -143,10 +147,12 @@ def device_facts(dtype_name: str) -> protocol.DeviceFacts:
     )
 
 
-def calibrate(runner: TorchRunner) -> protocol.StepModel:
-    """Measure a few step shapes (the best of CALIBRATION_REPEATS) and fit the step model."""
+def calibrate(
+    runner: TorchRunner, steps: Shapes = CALIBRATION_STEPS, repeats: int = CALIBRATION_REPEATS
+) -> protocol.StepModel:
+    """Measure a few step shapes (the best of `repeats`) and fit the step model."""
     observed = []
-    for num_sequences, start, count in CALIBRATION_STEPS:
+    for num_sequences, start, count in steps:
         rows = _calibration_rows(runner, num_sequences, start, count)
         if rows is None:
             continue
@@ -155,7 +161,7 @@ def calibrate(runner: TorchRunner) -> protocol.StepModel:
             features = features.with_tokens(row.start, row.count)
         plan = Plan(rows, len(rows), features, 0.0, 0.0, 0.0)
         best_s = float("inf")
-        for _ in range(CALIBRATION_REPEATS):
+        for _ in range(repeats):
             started_at_s = time.perf_counter()
             runner.run(plan)
             best_s = min(best_s, time.perf_counter() - started_at_s)

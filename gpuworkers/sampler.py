@@ -65,8 +65,9 @@ def edit(
         values += edits.values()
     if not rows:
         return logits
-    places = (torch.tensor(rows), torch.tensor(ids))
-    return logits.index_put(places, torch.tensor(values), accumulate=True)
+    places = torch.tensor([rows, ids], device=logits.device)
+    added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    return logits.index_put((places[0], places[1]), added, accumulate=True)
 
 
 def logprobs_of(

@@ -24,6 +24,7 @@ ALONE_TTFT_SHARE = (
 FULL_SHARE = 0.8  # decodes that fill this much of the online target let loose rows skip a step
 SKIP_TARGETS = 2.0  # a row may skip when its token is due no sooner than this many targets
 RISK_SHARE = 0.2  # of the TTFT target: laxity from which a prompt goes first
+QUIET_S = 10.0  # without an arrival: nobody is expected to wait for the step in hand
 AT_RISK, IN_TIME, LOST = 0, 1, 2  # order of prompts
 
 
@@ -35,6 +36,7 @@ class SchedulerState:
     prefilling: tuple[Sequence, ...] = ()
     batch_decoding: tuple[Sequence, ...] = ()  # the one that waited longest first
     batch_prefilling: tuple[Sequence, ...] = ()  # the next to be computed first
+    quiet_s: float = 0.0  # since the newest online arrival
 
 
 class PlanRow(NamedTuple):
@@ -111,7 +113,8 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
         # A first token waits for the whole step: what batch adds to it is all delay. Such steps
         # are few, so that keeping them short costs batch little.
         is_first = any(row.samples for row in draft.rows[num_decodes:])
-        share = policy.kappa * (policy.first_token_share if is_first else 1.0)
+        kappa = 1.0 if state.quiet_s >= QUIET_S else policy.kappa
+        share = kappa * (policy.first_token_share if is_first else 1.0)
         batch_target_s = min(slack_s, share * itl_s) - model.host_s
     else:
         batch_target_s = max(policy.tau_idle_s, 2 * model.plan_s(StepFeatures(rows=1)))

@@ -12,10 +12,11 @@ import logging
 from collections.abc import Callable
 
 from controlplane import protocol
-from controlplane.errors import ProtocolError
-from gpuworkers import handoff, handoffwire
+from controlplane.errors import ProtocolError, SlackwaterError
+from gpuworkers import handoff, handofffetch, handoffwire
 from gpuworkers.driver import Driver, Turn, call
 from gpuworkers.engine import Engine, Key
+from gpuworkers.handoffcarrier import Segments
 from gpuworkers.heartbeat import Heart
 from gpuworkers.link import Link
 
@@ -33,6 +34,7 @@ class WorkerFacts:
     engine: str
     device: protocol.DeviceFacts
     handoff_bind: str
+    device_load: Callable[[], protocol.DeviceLoad | None] = lambda: None
 
 
 MakeDriver = Callable[[Engine, Callable[[Turn], None]], Driver]
@@ -53,8 +55,10 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._driver = make_driver(engine, self._stepped)
         self._link = Link(facts.join_url, facts.token, self, uniform)
-        self._heart = Heart(self._link, self._driver)
+        self._heart = Heart(self._link, self._driver, facts.device_load)
         self._handoffs = handoff.HandoffServer(engine.runner.kv, self._sent, self._dropped)
+        engine.layer_listener = self._layers_final
+        self._segments = Segments()
         self._address = ""
         self._is_drained_told = False
         self._arriving: dict[str, int] = {}  # request id -> epoch of a `decode` assignment
@@ -71,7 +75,9 @@ class Worker:
                 [link, heart, self._driver.failed], return_when=asyncio.FIRST_COMPLETED
             )
             if self._driver.failed.done():
-                await self._link.close("engine failed")
+                failure = self._driver.failed.exception()
+                is_ours = isinstance(failure, SlackwaterError)  # else a defect, told in our log
+                await self._link.close(str(failure) if is_ours else "engine failed")
                 self._driver.failed.result()
             await link
         finally:
@@ -117,7 +123,7 @@ class Worker:
             self._handoffs.revoke_all()
 
         def take_over() -> None:
-            engine.config = dataclasses.replace(engine.config, policy=welcome.policy)
+            self._take_policy(welcome.policy)
             for sequence in engine.live_sequences() if is_new else ():
                 engine.abandon(sequence.request_id, sequence.epoch)
 
@@ -140,10 +146,15 @@ class Worker:
                 self._driver.post(functools.partial(self._resend, message))
             case protocol.SetRole(role=role):
                 self._driver.post(functools.partial(engine.set_role, role))
+            case protocol.SetPolicy(policy=policy):
+                self._driver.post(functools.partial(self._take_policy, policy))
             case protocol.Drain():
                 self._driver.post(engine.drain)
             case _:
                 raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    def _take_policy(self, policy: protocol.Policy) -> None:
+        self._engine.config = dataclasses.replace(self._engine.config, policy=policy)
 
     # --- assignments and handoffs, event loop side
 
@@ -198,19 +209,25 @@ class Worker:
         tokens = len(message.prompt_ids) + len(message.delivered)
         assert message.handoff_in is not None
         try:
-            fetched = await handoff.fetch(message.handoff_in, engine.runner.kv, block_ids, tokens)
+            fetched = await handofffetch.fetch(
+                message.handoff_in, engine.runner.kv, block_ids, tokens, self._segments
+            )
         except handoffwire.HandoffError as error:
             logger.warning("handoff failed request=%s epoch=%d %s", *key, error)
             self._driver.post(functools.partial(engine.abandon, *key))
             self._link.post(protocol.HandoffFailed(*key, error.reason))
         else:
-            first_ids, at_s = fetched.first_ids, self._loop.time()
-            self._driver.post(functools.partial(engine.installed, *key, first_ids, at_s))
-            self._link.post(
-                protocol.HandoffDone(*key, len(block_ids), fetched.bytes, fetched.seconds)
-            )
+            done = protocol.HandoffDone(*key, len(block_ids), fetched.bytes, fetched.seconds)
+            self._driver.post(functools.partial(self._install, done, fetched.first_ids))
         # No await since the transfer ended: a cancellation has removed these already.
         del self._fetches[message.request_id], self._arriving[message.request_id]
+
+    def _install(self, done: protocol.HandoffDone, first_ids: list[int]) -> None:
+        """Runs between two steps, before the first one with the sequence. Only now the console
+        hears of it and lets the first ids go: the next one follows them after one step."""
+        key = (done.request_id, done.epoch)
+        self._engine.installed(*key, first_ids, self._loop.time())
+        self._to_loop(self._link.post, done)
 
     def _forget_arrival(self, request_id: str) -> None:
         """Stops the transfer before the engine may free its blocks."""
@@ -227,6 +244,11 @@ class Worker:
 
     # --- from the engine
 
+    def _layers_final(self, key: Key, block_ids: list[int], layers: range, end: int) -> None:
+        """In the middle of a step, on the engine's thread."""
+        at_s = self._loop.time()
+        self._to_loop(self._handoffs.advance, key, block_ids, layers, end, at_s)
+
     def _resend(self, message: protocol.Resend) -> None:
         """Runs between two steps."""
         report = self._engine.resend(message.request_id, message.epoch, message.seq)
@@ -235,14 +257,14 @@ class Worker:
         self._to_loop(self._link.post, protocol.StepReport(reports, load))
 
     def _stepped(self, turn: Turn) -> None:
-        self._heart.load = turn.load
+        load = self._heart.observe(turn.load)
         if turn.sequences is None:
-            self._link.post(protocol.Heartbeat(turn.load, 0.0))
+            self._link.post(protocol.Heartbeat(load, 0.0))
         else:
             for report in turn.sequences:
                 if report.finish_reason is not None:
                     self._handoffs.revoke((report.request_id, report.epoch))
-            self._link.post(protocol.StepReport(turn.sequences, turn.load))
+            self._link.post(protocol.StepReport(turn.sequences, load))
         kv = self._engine.runner.kv
         for prompt in turn.ready:
             if self._handoffs.ready(prompt.key, prompt.block_ids, prompt.first_ids):

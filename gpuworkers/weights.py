@@ -23,9 +23,9 @@ PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 class WeightFiles:
     """The tensors of a folder, read one at a time: of the shards that the index names, where there
-    is one, else of every *.safetensors file."""
+    is one, else of every *.safetensors file. They arrive on `device`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self._folder = folder
         index = _read_index(folder)
         names = set(index.values()) if index else {p.name for p in folder.glob("*.safetensors")}
@@ -35,7 +35,7 @@ class WeightFiles:
         self._files: dict[str, Any] = {}
         for path in self.paths:
             try:
-                opened = safe_open(path, framework="pt")
+                opened = safe_open(path, framework="pt", device=device)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: {error}") from None
             for name in opened.keys():  # noqa: SIM118 - not a dict

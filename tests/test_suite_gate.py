@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import skips
-from tests.conftest import MINIMUM_FILE, SuiteGate
+from tests.conftest import MINIMUM_FILE, SuiteGate, SummaryLines
 
 
 class Config(SimpleNamespace):
@@ -111,3 +111,12 @@ def test_a_service_is_only_one_that_was_named(monkeypatch):
         skips.service_url("SLACKWATER_TEST_REDIS_URL")
     monkeypatch.setenv("SLACKWATER_TEST_REDIS_URL", "redis://127.0.0.1:1")
     assert skips.service_url("SLACKWATER_TEST_REDIS_URL") == "redis://127.0.0.1:1"
+
+
+def test_lines_that_tests_recorded_are_printed_once_in_order():
+    summary, printed = SummaryLines(), []
+    for when in ("setup", "call", "teardown"):
+        properties = [("summary", "b 2"), ("other", "x"), ("summary", "a 1")]
+        summary.pytest_runtest_logreport(SimpleNamespace(when=when, user_properties=properties))
+    summary.pytest_terminal_summary(SimpleNamespace(write_line=printed.append))
+    assert printed == ["a 1", "b 2"]

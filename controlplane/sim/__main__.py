@@ -16,7 +16,8 @@ import sys
 import time
 from collections import Counter
 
-from controlplane.sim import coserve, coverage, kappas, routerbench, scenario, shrink, swarm
+from controlplane import kappas
+from controlplane.sim import coserve, coverage, routerbench, scenario, shrink, swarm
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)

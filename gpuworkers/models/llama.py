@@ -7,13 +7,13 @@ tests/gpuworkers/test_transformers_equal.py and test_families.py.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from gpuworkers.models.config import Llama3Rope, LlamaConfig
-from gpuworkers.weights import WeightFiles
 from kernels.ops import Heads, Ops
 
 
@@ -29,6 +29,12 @@ class LayerWeights:
     down: Any
     q_norm: torch.Tensor | None  # (head_dim,)
     k_norm: torch.Tensor | None
+
+
+class WeightSource(Protocol):
+    """Where tensors come from: weights.WeightFiles, or made-up ones for checks."""
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
 
 
 class Llama:
@@ -50,7 +56,8 @@ class Llama:
         self._layers = layers
         self._norm = norm
         self._head = head
-        self._cos, self._sin = rope_tables(config, max_len)
+        cos, sin = rope_tables(config, max_len)
+        self._cos, self._sin = cos.to(norm.device), sin.to(norm.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -77,10 +84,12 @@ class Llama:
         kv_layers: list[torch.Tensor],
         step: Any,
         sampling_rows: torch.Tensor,
+        layer_written: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Logits (len(sampling_rows), vocab) float32; writes KV of every row.
+        """Logits (len(sampling_rows), vocab) in the model's dtype; writes KV of every row.
 
-        token_ids, positions (rows,) int64; `step` from ops.plan_step over the same rows."""
+        token_ids, positions (rows,) int64 or int32; `step` from the ops, over the same rows;
+        layer_written hears the number of a layer when its KV is there."""
         eps = self.config.rms_norm_eps
         residual = self._embedding.index_select(0, token_ids).to(self.dtype)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
@@ -92,14 +101,16 @@ class Llama:
             if layer.q_norm is not None and layer.k_norm is not None:
                 ops.norm_heads(qkv, layer.q_norm, layer.k_norm, self.heads, eps)
             q = ops.rope_write(qkv, cos, sin, kv_layer, step)
+            if layer_written is not None:
+                layer_written(index)
             x = ops.linear(ops.attention(q, kv_layer, step), layer.out)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
         if len(sampling_rows) == 0:
-            return torch.empty(0, self.config.vocab_size)
+            return torch.empty(0, self.config.vocab_size, dtype=x.dtype, device=x.device)
         x, residual = x.index_select(0, sampling_rows), residual.index_select(0, sampling_rows)
         x = ops.add_rms_norm(x, residual, self._norm, eps)
-        return ops.linear(x, self._head).float()
+        return ops.linear(x, self._head)
 
 
 def rope_tables(config: LlamaConfig, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +139,7 @@ def _stretched(frequencies: torch.Tensor, rope: Llama3Rope) -> torch.Tensor:
 class _LayerFiles:
     """Tensors of one layer, fused where one linear computes several."""
 
-    def __init__(self, files: WeightFiles, index: int, dtype: torch.dtype, ops: Ops) -> None:
+    def __init__(self, files: WeightSource, index: int, dtype: torch.dtype, ops: Ops) -> None:
         self._files = files
         self._prefix = f"model.layers.{index}."
         self._dtype = dtype
@@ -149,7 +160,7 @@ class _LayerFiles:
 
 def load_llama(
     config: LlamaConfig,
-    files: WeightFiles,
+    files: WeightSource,
     dtype: torch.dtype,
     ops: Ops,
     max_len: int | None = None,

@@ -65,7 +65,7 @@ class TorchOps:
         return attention.attention(q, kv_layer, step)
 
     def sample(self, logits: torch.Tensor, table: SamplingTable) -> list[int | None]:
-        return sampling.sample(logits, table)
+        return sampling.sample(logits.float(), table)
 
     def logprobs(
         self, logits: torch.Tensor, token_ids: list[int], num_top: list[int]

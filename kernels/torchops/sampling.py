@@ -69,9 +69,11 @@ def _draw_cut(
     drawn = ids.gather(1, found.minimum(possible))[:, 0]
     if width == vocab:
         return drawn
-    # The head must end before the last candidate's value: beyond it equal logits may follow.
+    # The head must end before the last candidate's value: beyond it equal logits may follow. And
+    # top_p is a share of the top_k likeliest ids' mass, which must all be candidates.
     edge = values.gather(1, last.clamp(max=width - 1))[:, 0]
-    is_open = (kept >= width) | (edge <= values[:, -1])
+    is_share_unknown = torch.from_numpy((table.top_k > width) & (table.top_p < 1.0))
+    is_open = (kept >= width) | (edge <= values[:, -1]) | is_share_unknown
     again = torch.nonzero(is_open).flatten()
     if len(again):
         drawn[again] = _draw_cut(logits[again], table.rows(again.numpy()), vocab)

@@ -508,3 +508,24 @@ def test_this_run_is_alive_and_an_earlier_one_is_dead() -> None:
     assert is_dead(f"{host}:{2**22 + 1}:5:{chance}")
     assert not is_dead(f"elsewhere:{2**22 + 1}:5:{chance}")
     assert new_incarnation() != mine
+
+
+def test_a_held_lane_takes_no_line_until_it_is_released(
+    tenant: Tenant, writer: FactWriter, tmp_path: Path
+) -> None:
+    batch = submit(tenant, tmp_path)
+    snapshot = Snapshot.load()
+
+    async def run() -> int:
+        lane = Lane(writer, snapshot)
+        lane.feeder.hold()
+        async with feeding(lane):
+            for _ in range(20):
+                await lane.tick()
+            num_taken_while_held = lane.feeder.num_in_flight
+            lane.feeder.release()
+            await lane.until_rows(lambda: is_ended(batch))
+            return num_taken_while_held
+
+    assert asyncio.run(run()) == 0
+    assert Counter(line.status for line in BatchLine.objects.all()) == {"completed": 6}

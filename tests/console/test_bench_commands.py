@@ -52,6 +52,18 @@ def test_the_simulators_own_complaint_reaches_stderr(capfd):
     assert "no-such-option" in capfd.readouterr().err
 
 
+def test_bench_kernels_says_in_one_line_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run("bench", "kernels").splitlines() == [
+        "bench kernels: no NVIDIA GPU on this machine, nothing was measured"
+    ]
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as stopped:
+        call_command("bench", "kernels", "--json", stdout=out)
+    assert stopped.value.code == 1 and out.getvalue().count("\n") == 1
+    assert "no NVIDIA GPU" in json.loads(out.getvalue())["error"]
+
+
 def test_latency_prints_what_a_saved_model_has_gathered(tmp_path):
     model = LatencyModel(STEP)
     features = StepFeatures(10, 1000)
@@ -76,3 +88,12 @@ def test_a_file_that_is_no_saved_model_is_refused_with_the_reason(tmp_path, cont
         path.write_bytes(content)
     with pytest.raises(CommandError, match=reason):
         run("latency", "--saved", str(path))
+
+
+@pytest.mark.parametrize("arguments", [("engine",), ("coserve", "--engine", "cpu")])
+def test_a_folder_that_is_no_model_is_an_error_object(tmp_path, arguments):
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as stopped:
+        call_command("bench", *arguments, "--json", "--model", str(tmp_path), stdout=out)
+    assert stopped.value.code == 1 and out.getvalue().count("\n") == 1
+    assert "config.json" in json.loads(out.getvalue())["error"]

@@ -265,7 +265,7 @@ def handoff():
     return rig, live
 
 
-def test_first_id_of_a_handoff_waits_for_its_kv():
+def test_first_id_of_a_handoff_waits_until_decoding_begins():
     rig, live = handoff()
     rig.report("c1", live, 0, [10])
     assert tokens(live) == []
@@ -290,6 +290,19 @@ def test_first_id_goes_out_when_the_prefill_worker_is_lost():
     rig.report("c1", live, 0, [10])
     rig.fleet.disconnected("c1")
     assert tokens(live) == [Tokens([10], None)]
+
+
+def test_first_id_goes_out_and_on_when_the_decode_worker_is_lost_before_it_begins():
+    rig, live = handoff()
+    other = rig.join("c3", "decode")
+    rig.report("c1", live, 0, [10])
+    rig.fleet.disconnected("c2")
+    assert tokens(live) == [Tokens([10], None)]
+    (assign,) = sent(other, protocol.Assign)
+    assert (assign.delivered, assign.epoch) == ([10], live.epoch)
+    rig.report("c1", live, 0, [10], epoch=live.epoch - 1)  # resent by the worker that had it
+    rig.report("c3", live, 1, [11], finish="stop")
+    assert tokens(live) == [Tokens([11], "stop")]
 
 
 def test_held_id_of_a_request_that_ended_is_forgotten():

@@ -11,7 +11,9 @@ from console.metrics import Metrics
 from console.serving import Serving
 from console.snapshot import EMPTY
 from console.state import ServerState
+from controlplane import domain
 from controlplane.errors import ConfigError
+from controlplane.protocol import Policy
 
 OPTIONS = {
     "workers": "prefill=1,decode=2",
@@ -20,7 +22,8 @@ OPTIONS = {
     "model_id": "",
     "profile": "cpu-fast",
     "dtype": "auto",
-    "numerics": "exact",
+    "numerics": "",
+    "device": "cpu",
     "fleet": 0,
 }
 
@@ -31,6 +34,8 @@ class Ticking:
     def __init__(self, num_failures):
         self.metrics = Metrics()
         self.fleet = self
+        self.snapshot = SimpleNamespace(current=EMPTY)
+        self.handled = []
         self.num_ticks = 0
         self.num_noted = 0
         self.num_failures = num_failures
@@ -40,6 +45,9 @@ class Ticking:
         self.num_ticks += 1
         if self.num_ticks <= self.num_failures:
             raise RuntimeError("a bug in the tick")
+
+    def handle(self, event):
+        self.handled.append(event)
 
     def note_tick(self):
         self.num_noted += 1
@@ -59,6 +67,7 @@ async def test_control_loop_starts_again_after_an_error_and_counts_it(caplog):
     loop.cancel()
     await asyncio.gather(loop, return_exceptions=True)
     assert state.num_ticks == 5
+    assert state.handled == [domain.PolicyChanged(Policy())]  # once, not with every tick
     assert value(state.metrics, "slackwater_control_loop_restarts_total") == 2
     assert value(state.metrics, "slackwater_event_loop_lag_seconds_count") == 5
     assert "RuntimeError: a bug in the tick" in caplog.text
@@ -126,6 +135,13 @@ def test_native_workers_serve_the_folder_under_its_name(tmp_path):
         (str(folder), "tiny")
     }
     assert {spec.model_id for spec in worker_specs({**options, "model_id": "other"})} == {"other"}
+
+
+def test_workers_take_the_devices_in_turn():
+    specs = worker_specs({**OPTIONS, "device": "cuda:0,cuda:1"})
+    assert [spec.device for spec in specs] == ["cuda:0", "cuda:1", "cuda:0"]
+    options = specs[1].options()
+    assert options[options.index("--device") + 1] == "cuda:1" and "--numerics" not in options
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from console.workerprocs import (
     ENVIRONMENT,
+    ROOT,
     WORKERS_MAX,
     ProcView,
     WorkerProcs,
@@ -138,12 +139,22 @@ async def test_refused_worker_is_not_started_again_and_shows_the_reason(tmp_path
         await procs.stop(grace_s=1.0)
 
 
-async def test_worker_with_a_wrong_setting_is_not_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        (WorkerSpec("mixed", "fake", profile="unheard-of"), "--profile=unheard-of"),
+        (WorkerSpec("mixed", model_dir=str(ROOT / "docs"), device="cuda:63"), "--device=cuda:63"),
+    ],
+    ids=["profile", "device"],
+)
+async def test_worker_with_a_wrong_setting_is_not_started_again(
+    tmp_path: Path, spec: WorkerSpec, named: str
+) -> None:
     async with StubConsole() as console:
-        procs = start_procs(console, tmp_path, WorkerSpec("mixed", "fake", profile="unheard-of"))
+        procs = start_procs(console, tmp_path, spec)
         await procs.start()
         await until(lambda: one(procs).state == "ended")
-        assert "--profile=unheard-of" in one(procs).last_lines[-1]
+        assert named in one(procs).last_lines[-1]
         await procs.stop(grace_s=1.0)
 
 

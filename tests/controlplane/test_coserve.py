@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from controlplane import kappas
 from controlplane.latency import LatencyModel
 from controlplane.sim import __main__ as sim
-from controlplane.sim import coserve, coverage, kappas, steptable
+from controlplane.sim import coserve, coverage, steptable
 from controlplane.sim.coserve import Scene
 from controlplane.sim.station import SeenStep
 from controlplane.sim.workload import Noise, arrivals

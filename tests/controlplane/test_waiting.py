@@ -207,7 +207,7 @@ def test_view_of_requests_is_bounded_oldest_first():
         ({"queue_max": 2.5}, "queue_max=2.5: expected"),
         ({"queue_max": True}, "queue_max=True: expected"),
         ({"queue_max": 0}, "queue_max=0: expected a number above 0"),
-        ({"kappa": float("nan")}, "kappa=nan: expected a number above 0"),
+        ({"stall_s": float("nan")}, "stall_s=nan: expected a number above 0"),
         ({"suspect_s_min": 3.0}, "dead_s_min=3.0: expected more than suspect_s_min=3.0"),
     ],
 )
@@ -217,5 +217,5 @@ def test_bad_setting_stops_the_start_and_is_named(values, text):
 
 
 def test_settings_are_taken_by_name():
-    config = ControlPlaneConfig.from_mapping({"queue_max": 7, "kappa": 1})
-    assert (config.queue_max, config.kappa) == (7, 1)
+    config = ControlPlaneConfig.from_mapping({"queue_max": 7, "stall_s": 1})
+    assert (config.queue_max, config.stall_s) == (7, 1)

@@ -16,13 +16,13 @@ def refused(commands: list[domain.Command]) -> protocol.Refused:
 
 
 def test_welcome_carries_id_epoch_credit_and_policy():
-    rig = Rig(kappa=0.7)
+    rig = Rig(batch_rows_max=7)
     (greet,) = of(domain.Greet, rig.hello(make_hello("decode")))
     assert greet.connection_id == "c1"
     welcome = greet.message
     assert (welcome.worker_id, welcome.epoch) == ("w1", 1)
     assert welcome.credit_frames == protocol.CREDIT_FRAMES
-    assert welcome.policy == protocol.Policy(kappa=0.7)
+    assert welcome.policy == protocol.Policy(batch_rows_max=7)
     assert len(welcome.resume_secret) == 64
 
 
@@ -295,3 +295,15 @@ def test_report_with_impossible_numbers_is_left_aside(facts):
     rig.send("w1", make_load(**facts))
     assert rig.worker("w1").load == sound and rig.worker("w1").heard_ago_s == 0.0
     assert placement(rig.submit()).decode_worker == "w1"
+
+
+def test_changed_policy_reaches_those_who_are_here_and_those_who_join_later():
+    rig = Rig(batch_rows_max=7)
+    rig.join("decode")
+    rig.join("prefill")
+    changed = protocol.Policy(kappa=0.8, tau_idle_s=0.1)
+    expected = protocol.Policy(kappa=0.8, tau_idle_s=0.1, batch_rows_max=7)
+    sent = of(domain.SendPolicy, rig.handle(domain.PolicyChanged(changed)))
+    assert sent == [domain.SendPolicy("w1", expected), domain.SendPolicy("w2", expected)]
+    (greet,) = of(domain.Greet, rig.hello(make_hello("decode")))
+    assert greet.message.policy == expected

@@ -1,6 +1,6 @@
 """What engine tests share: assignments, and an engine over a scripted runner with its own clock."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from controlplane import protocol
 from controlplane.latency import LatencyModel
@@ -70,7 +70,7 @@ class ScriptedRunner:
         self.script: dict[tuple[str, int], int | None] = {}
         self.plans: list[Plan] = []
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, plan: Plan, layer_written: Callable[[int], None] | None = None) -> RunResult:
         self.plans.append(plan)
         sequences = [row.sequence for row in plan.rows if row.samples]
         return RunResult(

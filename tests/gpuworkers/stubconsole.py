@@ -120,11 +120,15 @@ def make_engine(role: protocol.Role = "mixed", kv_tokens: int = 0) -> Engine:
 
 
 def make_worker(
-    url: str, engine: Engine, name: str = "worker", driver: type[Driver] = TaskDriver
+    url: str,
+    engine: Engine,
+    name: str = "worker",
+    driver: type[Driver] = TaskDriver,
+    device_load: Callable[[], protocol.DeviceLoad | None] = lambda: None,
 ) -> Worker:
     """A worker on the running loop; start it with `asyncio.create_task(worker.run())`."""
     device = fake.PROFILES["cpu-fast"].device
-    facts = WorkerFacts(url, "token", name, "fake", device, "127.0.0.1")
+    facts = WorkerFacts(url, "token", name, "fake", device, "127.0.0.1", device_load)
     clock = asyncio.get_running_loop().time
     return Worker(facts, engine, lambda e, report: driver(e, clock, report), lambda: 0.5)
 

@@ -94,7 +94,7 @@ class TimedRunner(ScriptedRunner):
 
     STEP = protocol.StepModel(0.010, 0.010, 0.0)
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, plan: Plan, layer_written=None) -> RunResult:
         return replace(super().run(plan), modelled_s=step_s(self.STEP, plan.features))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -11,16 +12,32 @@ from controlplane import protocol
 from gpuworkers import handoff, handoffwire
 from gpuworkers.engine import Key
 from gpuworkers.fake import FakeKV
-from gpuworkers.handoff import HandoffServer, fetch
-from gpuworkers.handoffwire import HEADER, MAGIC, REQUEST, VERSION, HandoffError
+from gpuworkers.handoff import HandoffServer
+from gpuworkers.handoffcarrier import Segments
+from gpuworkers.handofffetch import Fetched, fetch
+from gpuworkers.handoffwire import (
+    CHECKSUM_BYTES,
+    HEADER,
+    MAGIC,
+    NOWHERE,
+    PIECE,
+    REQUEST,
+    TRAILER,
+    VERSION,
+    HandoffError,
+    Piece,
+)
 from tests.gpuworkers.flipproxy import FlipProxy
 
 KEY = ("r", 1)
 CAPABILITY = "one-time"
 TOKENS = 40  # three blocks of 16
 SOURCE_BLOCKS, OWN_BLOCKS = [5, 2, 7], [0, 6, 3]
-HEADER_BYTES = HEADER.size + 4 + handoffwire.CHECKSUM_BYTES  # with one first id
+HEADER_BYTES = HEADER.size + CHECKSUM_BYTES
+HEAD_BYTES = PIECE.size + CHECKSUM_BYTES
 LAYER_BYTES = 3 * FakeKV.layer_block_bytes
+TRAILER_AT = HEADER_BYTES + 2 * (HEAD_BYTES + LAYER_BYTES)
+NO_SEGMENTS = Segments(0)
 
 
 class Sender:
@@ -52,13 +69,17 @@ async def sender() -> AsyncIterator[Sender]:
 
 
 def fetching(
-    address: str, kv: FakeKV, capability: str = CAPABILITY, timeout_s: float = 20.0
-) -> Awaitable[handoff.Fetched]:
+    address: str,
+    kv: FakeKV,
+    capability: str = CAPABILITY,
+    timeout_s: float = 20.0,
+    segments: Segments = NO_SEGMENTS,
+) -> Awaitable[Fetched]:
     source = protocol.HandoffIn(address, capability, timeout_s)
-    return fetch(source, kv, OWN_BLOCKS, TOKENS)
+    return fetch(source, kv, OWN_BLOCKS, TOKENS, segments)
 
 
-async def reason_of(transfer: Awaitable[handoff.Fetched]) -> str:
+async def reason_of(transfer: Awaitable[Fetched]) -> str:
     with pytest.raises(HandoffError) as caught:
         await transfer
     return caught.value.reason
@@ -133,14 +154,16 @@ async def test_revoked_offer_is_refused_even_to_a_peer_that_waits(sender: Sender
 @pytest.mark.parametrize(
     "offset",
     [
-        HEADER.size,  # first id
         HEADER_BYTES - 1,  # checksum of the header
-        HEADER_BYTES,  # first layer
-        HEADER_BYTES + LAYER_BYTES,  # its checksum
-        HEADER_BYTES
-        + 2 * LAYER_BYTES
-        + handoffwire.CHECKSUM_BYTES
-        - 1,  # last byte of the last layer
+        HEADER_BYTES,  # which layer
+        HEADER_BYTES + 8,  # how many blocks
+        HEADER_BYTES + PIECE.size - 1,  # checksum of the bytes
+        HEADER_BYTES + HEAD_BYTES - 1,  # checksum of both
+        HEADER_BYTES + HEAD_BYTES,  # first byte of the first layer
+        TRAILER_AT - 1,  # last byte of the last layer
+        TRAILER_AT,  # seconds
+        TRAILER_AT + TRAILER.size,  # first id
+        TRAILER_AT + TRAILER.size + 4,  # checksum of both
     ],
 )
 async def test_one_flipped_bit_anywhere_behind_the_shape_is_a_checksum_failure(
@@ -165,7 +188,9 @@ async def test_one_flipped_bit_in_the_shape_is_never_taken(sender: Sender, offse
     assert kv.read(0, OWN_BLOCKS) == bytes(LAYER_BYTES)
 
 
-@pytest.mark.parametrize("cut_at", [0, HEADER.size - 1, HEADER_BYTES, HEADER_BYTES + LAYER_BYTES])
+@pytest.mark.parametrize(
+    "cut_at", [0, HEADER.size - 1, HEADER_BYTES, HEADER_BYTES + HEAD_BYTES, TRAILER_AT]
+)
 async def test_peer_that_dies_in_the_middle_is_unreachable(sender: Sender, cut_at: int) -> None:
     sender.offer()
     sender.ready()
@@ -177,7 +202,7 @@ async def test_peer_that_dies_in_the_middle_is_unreachable(sender: Sender, cut_a
 async def test_receiver_that_dies_in_the_middle_lets_the_sender_free(sender: Sender) -> None:
     sender.offer()
     reader, writer = await asyncio.open_connection(*sender.address.split(":"))
-    writer.write(REQUEST.pack(MAGIC, VERSION, len(CAPABILITY)) + CAPABILITY.encode())
+    writer.write(handoffwire.pack_request(CAPABILITY, NOWHERE))
     sender.ready()
     await reader.readexactly(HEADER_BYTES)
     writer.close()
@@ -220,7 +245,7 @@ async def test_address_that_leads_nowhere_is_unreachable(address: str) -> None:
 def header(**changes: int) -> bytes:
     fields = {
         "version": VERSION, "status": 0, "dtype": 3, "layers": 2, "layer_block_bytes": 16,
-        "blocks": 3, "block_tokens": 16, "tokens": TOKENS, "first_ids": 1,
+        "blocks": 3, "block_tokens": 16, "tokens": TOKENS, "carrier": 1,
     } | changes  # fmt: skip
     return HEADER.pack(MAGIC, *fields.values())
 
@@ -229,7 +254,7 @@ def header(**changes: int) -> bytes:
     "wrong",
     [
         b"GET / HTTP/1.1\r\n" * 4,
-        header(version=2),
+        header(version=VERSION + 1),
         header(dtype=1),
         header(layers=2**32 - 1),
         header(layer_block_bytes=2**32 - 1),
@@ -237,11 +262,10 @@ def header(**changes: int) -> bytes:
         header(blocks=2),
         header(block_tokens=64),
         header(tokens=TOKENS + 1),
-        header(first_ids=0),
-        header(first_ids=17),
-        header(first_ids=2**32 - 1),
+        header(carrier=0),
+        header(carrier=3),
     ],
-    ids=range(12),
+    ids=range(11),
 )
 async def test_header_of_another_shape_is_refused_before_anything_else_is_read(
     wrong: bytes,
@@ -275,9 +299,9 @@ async def peer_sending(answer: bytes) -> AsyncIterator[str]:
     "request_bytes",
     [
         b"\x00" * REQUEST.size,
-        REQUEST.pack(MAGIC, VERSION + 1, 8) + b"one-time",
-        REQUEST.pack(MAGIC, VERSION, 0),
-        REQUEST.pack(MAGIC, VERSION, handoffwire.CAPABILITY_BYTES_MAX + 1),
+        REQUEST.pack(MAGIC, VERSION + 1, 8, 0, 0, b"") + b"one-time",
+        REQUEST.pack(MAGIC, VERSION, 0, 0, 0, b""),
+        REQUEST.pack(MAGIC, VERSION, handoffwire.CAPABILITY_BYTES_MAX + 1, 0, 0, b""),
     ],
 )
 async def test_malformed_request_is_closed_without_an_answer(
@@ -292,7 +316,7 @@ async def test_malformed_request_is_closed_without_an_answer(
 
 async def test_request_that_is_not_utf8_is_refused(sender: Sender) -> None:
     reader, writer = await asyncio.open_connection(*sender.address.split(":"))
-    writer.write(REQUEST.pack(MAGIC, VERSION, 4) + b"\xff\xfe\xfd\xfc")
+    writer.write(REQUEST.pack(MAGIC, VERSION, 4, 0, 0, b"") + b"\xff\xfe\xfd\xfc")
     async with asyncio.timeout(20):
         answer = await reader.readexactly(HEADER.size)
     assert HEADER.unpack(answer)[2] == handoffwire.STATUS_REFUSED
@@ -347,8 +371,78 @@ async def test_transfers_beyond_the_maximum_wait_for_a_place(sender: Sender) -> 
     await until(lambda: len(sender.sent) == count)
 
 
-async def test_checksums_of_one_transfer_do_not_fit_another() -> None:
+async def test_checksums_fit_one_place_of_one_transfer_only() -> None:
     ours, theirs = handoffwire.digest_of("a"), handoffwire.digest_of("b")
     data = struct.pack("<4Q", *range(4))
-    assert handoffwire.checksum(ours, 0, data) != handoffwire.checksum(theirs, 0, data)
-    assert handoffwire.checksum(ours, 0, data) != handoffwire.checksum(ours, 1, data)
+    kinds = (handoffwire.IN_HEADER, handoffwire.IN_PIECE, handoffwire.IN_DATA)
+    places = list(itertools.product((ours, theirs), kinds, (0, 1)))
+    assert len({handoffwire.checksum(*place, data) for place in places}) == len(places) == 12
+
+
+def pieces(*sent: Piece) -> bytes:
+    """A good header and these pieces, correctly signed."""
+    kv, digest = FakeKV(8, 16), handoffwire.digest_of(CAPABILITY)
+    answer = handoffwire.pack_header(kv, digest, 3, TOKENS, "tcp")
+    for index, piece in enumerate(sent):
+        data = bytes(max(0, piece.end - piece.first) * kv.layer_block_bytes)
+        answer += handoffwire.pack_piece(digest, index, piece, data) + data
+    return answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        (Piece(2, 0, 3),),  # no such layer
+        (Piece(0, 1, 3),),  # begins in the middle
+        (Piece(0, 0, 4),),  # goes beyond the prompt
+        (Piece(0, 0, 0),),  # moves nothing
+        (Piece(0, 0, 2), Piece(0, 0, 3)),  # comes twice
+        (Piece(0, 0, 3), Piece(0, 3, 4)),
+    ],
+)
+async def test_piece_that_does_not_go_on_where_its_layer_ended_is_refused(
+    sent: tuple[Piece, ...],
+) -> None:
+    async with peer_sending(pieces(*sent)) as address:
+        assert await reason_of(fetching(address, FakeKV(8, 16))) == "malformed"
+
+
+async def test_piece_over_the_maximum_is_refused_before_its_bytes_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = pieces(Piece(0, 0, 3))
+    monkeypatch.setattr(handoffwire, "PIECE_BYTES_MAX", 2 * FakeKV.layer_block_bytes)
+    async with peer_sending(answer[:-LAYER_BYTES]) as address:
+        assert await reason_of(fetching(address, FakeKV(8, 16))) == "malformed"
+
+
+async def test_layer_over_the_maximum_of_a_piece_leaves_in_several(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoffwire, "PIECE_BYTES_MAX", 2 * FakeKV.layer_block_bytes)
+    kv = FakeKV(8, 16)
+    sender.offer()
+    sender.ready()
+    await fetching(sender.address, kv)
+    assert all(kv.read(i, OWN_BLOCKS) == sender.kv.read(i, SOURCE_BLOCKS) for i in range(2))
+    left = [(d.layer, d.first, d.end) for d in sender.server.departures]
+    assert left == [(0, 0, 2), (0, 2, 3), (1, 0, 2), (1, 2, 3)]
+
+
+async def test_no_more_pieces_are_on_their_way_than_the_maximum(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoffwire, "PIECE_BYTES_MAX", FakeKV.layer_block_bytes)
+    sender.offer()
+    sender.ready()  # six pieces
+    reader, writer = await asyncio.open_connection(*sender.address.split(":"))
+    writer.write(handoffwire.pack_request(CAPABILITY, NOWHERE))
+    piece_bytes = HEAD_BYTES + FakeKV.layer_block_bytes
+    await reader.readexactly(HEADER_BYTES + handoffwire.PIECES_AHEAD_MAX * piece_bytes)
+    await asyncio.sleep(0.05)
+    assert len(sender.server.departures) == handoffwire.PIECES_AHEAD_MAX
+    writer.write(handoffwire.ACK)
+    await reader.readexactly(piece_bytes)
+    writer.write(b"\x15")  # anything else ends the transfer
+    await until(lambda: sender.dropped == [KEY])
+    writer.close()

@@ -44,6 +44,10 @@ async def test_refused_worker_prints_the_reason_and_exits_3() -> None:
         (["--engine", "fake", "--profile", "tpu"], "--profile=tpu"),
         (["--engine", "fake", "--count", "0"], "--count=0"),
         (["--engine", "native", "--model", str(ROOT / "docs")], "docs"),
+        (
+            ["--engine", "native", "--model", str(ROOT / "docs"), "--device", "cuda:63"],
+            "--device=cuda:63: ",
+        ),
     ],
 )
 async def test_wrong_setting_is_one_line_and_exit_2(options: list[str], named: str) -> None:

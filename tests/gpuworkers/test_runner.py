@@ -13,6 +13,7 @@ from gpuworkers.models.llama import load_llama
 from gpuworkers.runner import TorchRunner, load
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.sequence import from_assign
+from gpuworkers.stepper import Stepper
 from gpuworkers.weights import WeightFiles
 from kernels.ops import Heads
 from kernels.reference import ReferenceOps
@@ -83,7 +84,7 @@ def test_the_forward_pass_agrees_with_the_float64_reference(tmp_path, changes):
     reference = ReferenceOps()
     plain = load_llama(config, WeightFiles(folder), torch.float32, reference)
     kv = TorchKVCache(config.num_layers, 10, 16, plain.heads, torch.float32)
-    slow = TorchRunner(plain, reference, kv)
+    slow = TorchRunner(Stepper(plain, reference, kv.layers, 16), kv)
     prompts = [from_assign(assign(f"r{i}", 30 + 9 * i), 0.0) for i in range(2)]
     prompts[0].block_ids, prompts[1].block_ids = [4, 2], [7, 0, 1]
     logits = []

@@ -15,6 +15,7 @@ from gpuworkers.sequence import Sequence, from_assign
 from tests.gpuworkers.enginekit import BATCH, assign
 
 NOW_S = 50.0
+QUEUES = ("decoding", "prefilling", "batch_decoding", "batch_prefilling")
 MODEL = StepModel(base_s=0.010, per_token_s=0.0005, per_context_token_s=2e-6)
 
 
@@ -105,6 +106,14 @@ def test_batch_fills_only_kappa_of_the_target():
     assert 0 < rows_batch < 64 and result.batch_target_s == pytest.approx(0.05)
     assert LatencyModel(MODEL).plan_s(result.features) <= 0.05
     assert [row.sequence for row in result.rows[1:]] == list(batch[:rows_batch])
+
+
+def test_batch_fills_the_whole_target_when_nobody_has_come_for_long():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
+    policy = Policy(kappa=0.5)
+    for quiet_s, target_s in ((scheduler.QUIET_S - 0.01, 0.05), (scheduler.QUIET_S, 0.1)):
+        state = SchedulerState((decode("d"),), batch_decoding=batch, quiet_s=quiet_s)
+        assert planned(state, policy).batch_target_s == pytest.approx(target_s)
 
 
 def test_batch_gets_nothing_when_online_rows_fill_the_step():
@@ -281,7 +290,7 @@ def test_a_plan_keeps_its_targets_and_serves_every_decode(state, policy):
         first_batch = result.rows[result.num_online]
         alone = model.plan_s(StepFeatures().with_tokens(first_batch.start, first_batch.count))
         assert model.plan_s(result.features) <= max(result.batch_target_s, alone)
-    has_any = any(getattr(state, f.name) for f in dataclasses.fields(state))
+    has_any = any(getattr(state, queue) for queue in QUEUES)
     has_online = bool(state.decoding or state.prefilling)
     assert bool(result.rows) == has_any or has_online
 
@@ -292,8 +301,8 @@ def test_a_plan_is_repeatable_and_changes_nothing(state, policy):
     before = copy.deepcopy(state)
     first, second = planned(state, policy), planned(state, policy)
     assert first == second
-    for field in dataclasses.fields(state):
-        for now, then in zip(getattr(state, field.name), getattr(before, field.name), strict=True):
+    for queue in QUEUES:
+        for now, then in zip(getattr(state, queue), getattr(before, queue), strict=True):
             assert dataclasses.asdict(now) == dataclasses.asdict(then)
 
 

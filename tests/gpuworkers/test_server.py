@@ -5,10 +5,14 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
+import torch
 
 from controlplane import protocol
+from gpuworkers.devicefailure import DeviceFailed, device_failures
 from gpuworkers.driver import COMMANDS_MAX, Driver, TaskDriver
-from gpuworkers.engine import Engine
+from gpuworkers.engine import Engine, RunResult
+from gpuworkers.scheduler import Plan
+from gpuworkers.server import Worker
 from tests.gpuworkers.flipproxy import FlipProxy
 from tests.gpuworkers.stubconsole import StubConsole, assign, make_engine, make_worker
 
@@ -19,7 +23,7 @@ CAPABILITY = "capability-of-r"
 @contextlib.asynccontextmanager
 async def running(
     console: StubConsole, *engines: Engine, driver: type[Driver] = TaskDriver
-) -> AsyncIterator[None]:
+) -> AsyncIterator[list[Worker]]:
     """Workers w1, w2, … on these engines; stopped, and their blocks checked, at the end."""
     workers = [make_worker(console.url, engine, driver=driver) for engine in engines]
     tasks = []
@@ -27,7 +31,7 @@ async def running(
         tasks.append(asyncio.create_task(worker.run()))
         await console.joined(number)
     try:
-        yield
+        yield workers
     finally:
         for worker in workers:
             await worker.stop("test over")
@@ -177,12 +181,14 @@ async def test_draining_worker_finishes_what_it_has_takes_nothing_new_and_says_s
         assert kinds(console).count(protocol.Drained()) == 1
 
 
-async def test_policy_of_the_welcome_reaches_the_engine() -> None:
+async def test_policy_of_the_welcome_and_each_later_one_reach_the_engine() -> None:
     engine = make_engine()
     async with StubConsole() as console:
         console.policy = protocol.Policy(kappa=0.25)
         async with running(console, engine):
             await console.until(lambda: engine.config.policy.kappa == 0.25)
+            await console.send("w1", protocol.SetPolicy(protocol.Policy(kappa=0.75)))
+            await console.until(lambda: engine.config.policy.kappa == 0.75)
 
 
 async def test_idle_seconds_reach_the_console_once() -> None:
@@ -214,6 +220,49 @@ async def test_engine_that_breaks_ends_the_worker_with_its_error() -> None:
         with pytest.raises(TypeError):
             await task
         assert protocol.Goodbye("engine failed") in kinds(console)
+
+
+class FailingRunner:
+    """A runner whose device fails in the middle of a step."""
+
+    def __init__(self, kv: object) -> None:
+        self.kv = kv
+        self.eos_token_ids: frozenset[int] = frozenset()
+
+    def run(self, plan: Plan, layer_written: object = None) -> RunResult:
+        with device_failures("cuda:3"):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with …")
+
+
+async def test_device_that_fails_ends_the_worker_and_both_sides_hear_the_reason() -> None:
+    engine = make_engine()
+    engine.runner = FailingRunner(engine.runner.kv)
+    async with StubConsole() as console:
+        worker = make_worker(console.url, engine)
+        task = asyncio.create_task(worker.run())
+        await console.joined(1)
+        await console.send("w1", assign("r", PROMPT))
+        with pytest.raises(DeviceFailed) as failed:
+            await task
+    reason = "cuda:3 failed: AcceleratorError: CUDA error: an illegal memory access"
+    assert str(failed.value) == reason and protocol.Goodbye(reason) in kinds(console)
+
+
+async def test_reports_and_heartbeats_carry_the_load_of_the_device() -> None:
+    loads = iter([None, protocol.DeviceLoad(0.5, 300.0)])
+    newest = protocol.DeviceLoad(0.9, 600.0)
+    engine = make_engine()
+    async with StubConsole() as console:
+        worker = make_worker(console.url, engine, device_load=lambda: next(loads, newest))
+        task = asyncio.create_task(worker.run())
+        await console.joined(1)
+        await console.until(lambda: any(m.load.device == newest for m in beats(console)))
+        await console.send("w1", assign("r", PROMPT))
+        await console.finished("r")
+        reports = [m for _, m in console.heard if isinstance(m, protocol.StepReport)]
+        assert reports and all(report.load.device == newest for report in reports)
+        await worker.stop("end of test")
+        await task
 
 
 async def test_commands_over_the_maximum_are_refused_not_kept() -> None:
@@ -249,6 +298,26 @@ async def test_output_with_handoff_equals_output_without() -> None:
         first = [r for r in console.reports("r") if r.token_ids][0]
         assert (first.seq, first.token_ids) == (0, alone[:1])
         assert all(engine.is_idle() for engine in engines)
+
+
+async def test_console_hears_of_moved_kv_between_the_step_in_hand_and_the_first_with_it() -> None:
+    """It lets the first id go then, so that one step of ours lies between it and the next id."""
+    engines = make_engine("prefill"), make_engine("decode")
+    async with StubConsole() as console, running(console, *engines):
+        await console.send("w2", assign("long", PROMPT, 5000))
+        await console.until(lambda: len(console.output("long")) > 1)
+        engines[1].runner._step = protocol.StepModel(0.3, 0.0, 0.0)
+        await asyncio.sleep(0.02)  # from now on a step is in hand for most of the time
+        await send_pair(console, PROMPT, 24)
+        await console.until(lambda: bool(reported(console, "w2", "r")))
+        engines[1].runner._step = protocol.StepModel(0.002, 0.0, 0.0)
+        heard = [message for name, message in console.heard if name == "w2"]
+        (at,) = [i for i, m in enumerate(heard) if isinstance(m, protocol.HandoffDone)]
+        steps = [m for m in heard[at:] if isinstance(m, protocol.StepReport)]
+        assert "r" in {report.request_id for report in steps[0].sequences}
+        assert reported(console, "w2", "r")[0].seq == 1
+        await console.finished("r")
+        await console.send("w2", protocol.Cancel("long", 1))
 
 
 async def test_handoff_after_failover_carries_the_delivered_ids() -> None:
@@ -371,6 +440,14 @@ async def test_newer_epoch_during_a_handoff_ends_the_transfer_first() -> None:
 
 
 # --- what a console heard
+
+
+def reported(
+    console: StubConsole, worker_id: str, request_id: str
+) -> list[protocol.SequenceReport]:
+    """What one worker told of a request's ids."""
+    steps = [m for w, m in console.heard if w == worker_id and isinstance(m, protocol.StepReport)]
+    return [r for m in steps for r in m.sequences if r.request_id == request_id and r.token_ids]
 
 
 def kinds(console: StubConsole) -> list[protocol.FromWorker]:

@@ -51,7 +51,10 @@ def test_model_id_defaults_to_the_folder_or_to_the_modelled_one(tmp_path: Path) 
         (["--engine", "native"], "--model"),
         (["--engine", "native", "--model", "/does/not/exist"], "--model"),
         (["--engine", "native", "--count", "2"], "--count"),
-        (["--engine", "native", "--device", "cuda:0"], "--device"),
+        (["--engine", "native", "--device", "cuda"], "--device"),
+        (["--engine", "native", "--device", "cuda:100"], "--device"),
+        (["--engine", "native", "--device", "cuda:0", "--numerics", "exact"], "--numerics"),
+        (["--engine", "native", "--device", "cuda:0", "--dtype", "fp32"], "--dtype"),
         (["--count", "3", "--token", "a,b"], "2 join tokens"),
     ],
 )
@@ -74,3 +77,10 @@ def test_unknown_option_ends_the_process(arguments: list[str]) -> None:
 
 def test_largest_count_is_allowed() -> None:
     assert parse([*FAKE, "--count", str(WORKERS_MAX)], ENVIRON).count == WORKERS_MAX
+
+
+def test_numerics_are_exact_on_a_cpu_and_fast_on_a_gpu(tmp_path: Path) -> None:
+    native = [*JOIN, "--model", str(tmp_path)]
+    assert parse(native, ENVIRON).numerics == "exact"
+    assert parse([*native, "--numerics", "fast"], ENVIRON).numerics == "fast"
+    assert parse([*native, "--device", "cuda:1"], ENVIRON).numerics == "fast"

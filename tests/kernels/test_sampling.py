@@ -99,6 +99,13 @@ def test_a_head_that_does_not_end_within_the_candidates_is_looked_for_in_the_who
     assert sample(logits, table(2, top_k=1, uniform=[0.5, 0.9999])) == [0, 0]
 
 
+def test_top_p_is_a_share_of_the_top_k_also_where_these_are_more_than_the_candidates():
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(5))
+    params = table(1, temperature=0.5, top_p=0.5, top_k=400, uniform=0.999)
+    assert sample(logits, params) == ReferenceOps().sample(logits, params)
+    assert sample(logits, table(1, 0.5, 0.5, 0, 0.999)) != ReferenceOps().sample(logits, params)
+
+
 def test_logprobs_agree_with_the_reference_and_sum_to_one():
     logits = torch.randn(3, 60, generator=torch.Generator().manual_seed(1)) * 2
     logits[1, 7] = logits[1, 3] = 9.0

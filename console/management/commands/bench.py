@@ -2,11 +2,11 @@
 
 import json
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from console.simprocess import SimFailed, simulate
+from console.simprocess import SimFailed, run_module, simulate
 
 TOP = (
     "harvest",
@@ -15,12 +15,14 @@ TOP = (
     "batch_vs_tuned_chunk",
     "miss_ratio_at_equal_batch",
 )
+FAKE_SECONDS = 500.0
+MODEL_HELP = "folder of the model; without it the packaged one"
 
 
 class Command(BaseCommand):
     help = (
-        "Measure: `coserve` runs interactive and batch work on one worker, `router` times"
-        " placement decisions"
+        "Measure: `engine` beside transformers; `coserve`, interactive and batch work on one"
+        " worker; `kernels`, those of a GPU; `router`, the time of placement decisions"
     )
     requires_system_checks: list[str] = []
 
@@ -28,13 +30,26 @@ class Command(BaseCommand):
         kinds = parser.add_subparsers(dest="kind", required=True)
         coserve = kinds.add_parser("coserve", help="interactive and batch work on one worker")
         coserve.add_argument(
-            "--engine", choices=("fake",), default="fake", help="fake: a step table, virtual time"
+            "--engine",
+            choices=("fake", "cpu"),
+            default="fake",
+            help="fake: a step table, virtual time; cpu: a real engine, no gateway, real time",
         )
         coserve.add_argument("--json", action="store_true")
         coserve.add_argument("--sweep", action="store_true", help="write the table of kappas")
         coserve.add_argument("--seeds", type=int, default=8)
-        coserve.add_argument("--seconds", type=float, default=500.0, help="virtual, of each seed")
+        coserve.add_argument(
+            "--seconds",
+            type=float,
+            help="fake: virtual, of each seed (500); cpu: of each of three arms (600)",
+        )
         coserve.add_argument("--rate", type=float, default=3.0, help="interactive requests per s")
+        coserve.add_argument("--model", default="", help=f"cpu: {MODEL_HELP}")
+        engine = kinds.add_parser("engine", help="our engine beside transformers, on this CPU")
+        engine.add_argument("--json", action="store_true")
+        engine.add_argument("--model", default="", help=MODEL_HELP)
+        kernels = kinds.add_parser("kernels", help="the CUDA kernels against the GPU's ceilings")
+        kernels.add_argument("--json", action="store_true")
 
         router = kinds.add_parser("router", help="cost of a placement decision")
         router.add_argument("--json", action="store_true")
@@ -42,19 +57,74 @@ class Command(BaseCommand):
         router.add_argument("--repeats", type=int, default=5)
 
     def handle(self, *args: Any, **options: Any) -> None:
-        if options["kind"] == "router":
-            self._router(options)
+        if options["kind"] == "kernels":
+            self.kernels(options["json"])
+        elif options["kind"] == "router":
+            self.router(options)
+        elif options["kind"] == "engine":
+            self.on_model("gpuworkers.bench", [], options)
+        elif options["engine"] == "cpu":
+            seconds = [] if options["seconds"] is None else ["--seconds", str(options["seconds"])]
+            self.on_model("gpuworkers.benchcoserve", seconds, options)
+        else:
+            self.coserve(options)
+
+    def on_model(self, module: str, arguments: list[str], options: dict[str, Any]) -> None:
+        """A benchmark on a model folder, in a process of its own; its answer is one JSON object."""
+        folder = options["model"]
+        if not folder:
+            converted = run_module("gpuworkers.convert", [])
+            if converted.returncode != 0:
+                self.fail("the packaged model could not be converted")
+            folder = converted.stdout.splitlines()[-1]
+        done = run_module(module, ["--model", folder, *arguments])
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            self.fail(f"{module} ended with {done.returncode} and no answer")
+        if "error" in answer:
+            self.fail(answer["error"])
+        if options["json"]:
+            self.stdout.write(json.dumps(answer))
             return
+        for name, value in answer.items():
+            if isinstance(value, dict):
+                self.stdout.write(name)
+                for key, row in value.items():
+                    self.stdout.write(f"  {key:18} {_figures(row)}")
+            else:
+                self.stdout.write(f"{name:28} {_figures(value)}")
+
+    def fail(self, reason: str) -> NoReturn:
+        """The answer of a benchmark that has none."""
+        self.stdout.write(json.dumps({"error": reason}))
+        sys.exit(1)
+
+    def kernels(self, is_json: bool) -> None:
+        """What kernels.bench prints; without a GPU that is one line."""
+        done = run_module("kernels.bench", ["--json"] if is_json else [])
+        if done.stdout:
+            self.stdout.write(done.stdout.rstrip("\n"))
+        elif is_json:
+            reason = f"kernels.bench ended with {done.returncode} and no answer"
+            self.stdout.write(json.dumps({"error": reason}))
+        if done.returncode != 0:
+            sys.exit(1)
+
+    def coserve(self, options: dict[str, Any]) -> None:
         arguments = ["coserve"]
-        for name in ("seeds", "seconds", "rate"):
-            arguments += [f"--{name}", str(options[name])]
+        for name, value in (
+            ("seeds", options["seeds"]),
+            ("seconds", options["seconds"] or FAKE_SECONDS),
+            ("rate", options["rate"]),
+        ):
+            arguments += [f"--{name}", str(value)]
         if options["sweep"]:
             arguments.append("--sweep")
         try:
             answer = simulate(arguments)
         except SimFailed as error:
-            self.stdout.write(json.dumps({"error": str(error)}))
-            sys.exit(1)
+            self.fail(str(error))
         if options["json"]:
             self.stdout.write(json.dumps(answer))
             return
@@ -71,21 +141,28 @@ class Command(BaseCommand):
             for row in rows:
                 self.stdout.write("  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
 
-    def _router(self, options: dict[str, Any]) -> None:
+    def router(self, options: dict[str, Any]) -> None:
         arguments = ["router"]
         for name in ("blocks", "repeats"):
             arguments += [f"--{name}", str(options[name])]
-        self._show(arguments, options["json"])
+        self.show(arguments, options["json"])
 
-    def _show(self, arguments: list[str], is_json: bool) -> None:
+    def show(self, arguments: list[str], is_json: bool) -> None:
         """The simulator's flat answer, as it is or as a table."""
         try:
             answer = simulate(arguments)
         except SimFailed as error:
-            self.stdout.write(json.dumps({"error": str(error)}))
-            sys.exit(1)
+            self.fail(str(error))
         if is_json:
             self.stdout.write(json.dumps(answer))
             return
         for name, value in answer.items():
             self.stdout.write(f"{name:28} {value}")
+
+
+def _figures(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {_figures(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "/".join(_figures(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -68,7 +68,8 @@ class Command(BaseCommand):
         add("--model-id", default="", help="name in requests (default: the folder's name)")
         add("--profile", default=MODELLED_PROFILE, help="step times of the fake engine")
         add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-        add("--numerics", choices=("exact", "fast"), default="exact")
+        add("--numerics", choices=("exact", "fast"), default="", help="default: by the device")
+        add("--device", default="cpu", help="cpu, or cuda:0,cuda:1,… for the workers in turn")
         add("--demo", action="store_true", help="the demo: small real model, two workers, load")
         add("--fleet", type=int, default=0, metavar="N", help="add N modelled H200 workers")
         add("--no-migrate", action="store_true", help="leave the database as it is")
@@ -140,7 +141,11 @@ def worker_specs(options: dict[str, Any]) -> list[WorkerSpec]:
             )
         common["model_dir"] = str(folder.resolve())
         common["model_id"] = options["model_id"] or folder.resolve().name
-    specs = [WorkerSpec(role=role, **common) for role in roles]
+    devices = options["device"].split(",")
+    specs = [
+        WorkerSpec(role=role, device=devices[index % len(devices)], **common)
+        for index, role in enumerate(roles)
+    ]
     if not 0 <= options["fleet"] <= FLEET_MAX:
         raise ConfigError(f"--fleet={options['fleet']}: expected 0 to {FLEET_MAX}")
     if options["fleet"]:

@@ -1,10 +1,11 @@
 """The table of kappas that ships: measured by a sweep, looked up by a class's targets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-PATH = Path(__file__).parent / "tables" / "kappa.json"
+PATH = Path(__file__).parent / "kappa.json"
 INFLATION_MAX = 0.75 * 0.05  # of the limits that the bench has to keep
 ITL_MISS_MAX = 0.75 * 0.001
 
@@ -40,7 +41,7 @@ def choose(rows: list[dict[str, float]]) -> dict[str, float]:
     return min(rows, key=lambda row: row["ttft_p99_inflation"])
 
 
-def kappa_for(rows: list[KappaRow], ttft_s: float, itl_s: float) -> float:
+def kappa_for(rows: Sequence[KappaRow], ttft_s: float, itl_s: float) -> float:
     """Of the nearest targets, by their ratios."""
     assert rows, "an empty table"
 
