@@ -7,12 +7,13 @@ import torch
 
 from controlplane import protocol
 from gpuworkers import greedycheck
+from gpuworkers.aheadrunner import AheadRunner
 from gpuworkers.gpumodel import BLOCK_TOKENS, DTYPE, place
 from gpuworkers.greedycheck import compare, generate
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.llama import load_llama
 from gpuworkers.randommodel import SMALL, RandomWeights
-from gpuworkers.runner import TorchRunner, calibrate
+from gpuworkers.runner import calibrate
 from gpuworkers.stepper import Forward, GraphStepper, Stepper
 from kernels.cuda.backend import CudaOps
 from kernels.torchops.backend import TorchOps
@@ -64,7 +65,8 @@ def test_kernels_and_captured_decodes_give_the_output_of_the_torch_backend(name)
 def test_an_engine_serves_greedy_and_seeded_requests_on_the_kernels():
     stepper, kv = placed("llama")
     facts = protocol.ModelFacts("tiny", "", KV_TOKENS, 512, kv_bytes_per_token=512)
-    bench = EngineBench(TorchRunner(stepper, kv), model=facts)
+    runner = AheadRunner(stepper, kv)
+    bench = EngineBench(runner, model=facts)
     for number in (1, 2):  # the second finds its first block in the prefix cache
         bench.assign(f"greedy{number}", 100, 6)
         bench.assign(f"seeded{number}", 70, 6, temperature=0.9, top_k=40, seed=5)
@@ -74,7 +76,7 @@ def test_an_engine_serves_greedy_and_seeded_requests_on_the_kernels():
         output = bench.output(f"{kind}1")
         assert len(output) == count and bench.finish_reasons(f"{kind}1") == ["length"]
         assert bench.output(f"{kind}2")[:1] == output[:1]
-    assert stepper.num_replays >= 10
+    assert stepper.num_replays >= 10 and runner.num_taken >= 8
     logprobs = [r.logprobs for r in bench.reports if r.request_id == "probable1" and r.logprobs]
     assert [len(each[0].top_ids) for each in logprobs] == [2, 2, 2]
 
@@ -82,5 +84,5 @@ def test_an_engine_serves_greedy_and_seeded_requests_on_the_kernels():
 def test_calibration_runs_the_shapes_that_the_cache_holds():
     stepper, kv = placed("llama")
     shapes = ((1, 64, 1), (4, 64, 1), (1, 0, 100), (64, 1024, 1))
-    fitted = calibrate(TorchRunner(stepper, kv), shapes, repeats=1)
+    fitted = calibrate(AheadRunner(stepper, kv), shapes, repeats=1)
     assert fitted.base_s > 0 and stepper.num_replays == 2

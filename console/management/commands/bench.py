@@ -22,7 +22,7 @@ MODEL_HELP = "folder of the model; without it the packaged one"
 class Command(BaseCommand):
     help = (
         "Measure: `engine` beside transformers; `coserve`, interactive and batch work on one"
-        " worker; `kernels`, those of a GPU; `router`, the time of placement decisions"
+        " worker; `kernels`, those of a GPU; `router`, placement decisions"
     )
     requires_system_checks: list[str] = []
 
@@ -142,18 +142,15 @@ class Command(BaseCommand):
                 self.stdout.write("  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
 
     def router(self, options: dict[str, Any]) -> None:
+        """The simulator's flat answer, as it is or as a table."""
         arguments = ["router"]
         for name in ("blocks", "repeats"):
             arguments += [f"--{name}", str(options[name])]
-        self.show(arguments, options["json"])
-
-    def show(self, arguments: list[str], is_json: bool) -> None:
-        """The simulator's flat answer, as it is or as a table."""
         try:
             answer = simulate(arguments)
         except SimFailed as error:
             self.fail(str(error))
-        if is_json:
+        if options["json"]:
             self.stdout.write(json.dumps(answer))
             return
         for name, value in answer.items():
