@@ -9,6 +9,8 @@ from console.facts import PlanFact
 from console.writer import WorkerFact
 from controlplane import domain
 
+REASON_MAX = 500  # characters of a stored plan's reason
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +37,7 @@ class FleetRecords:
                 role_before=plan.role_before,
                 role_after=plan.role_after,
                 by=plan.by,
-                reason=plan.reason,
+                reason=plan.reason[:REASON_MAX],
             )
         )
 

@@ -75,6 +75,9 @@ class ControlPlaneConfig:
     plan_every_s: float = 10.0
     plan_window_s: float = 30.0
     plan_dwell_s: float = 30.0
+    forecast_bin_s: float = 60.0
+    forecast_horizon_s: float = 120.0
+    forecast_s_min: float = 1_200.0  # of history before the forecast's floor acts
     operator_hold_s: float = 600.0  # the planner leaves a worker alone after an operator's order
 
     def __post_init__(self) -> None:

@@ -84,19 +84,22 @@ def choose(
     config: ControlPlaneConfig,
 ) -> tuple[bool, str]:
     """Whether to hand off, and the sentence that says why."""
+    times = (
+        f"TTFT {remote.ttft_s * 1000.0:.0f} ms by {remote.worker_id},"
+        f" {local.ttft_s * 1000.0:.0f} ms locally, target {ttft_s_left * 1000.0:.0f} ms"
+    )
+    is_local_timely = local.ttft_s <= ttft_s_left
+    is_remote_timely = remote.ttft_s <= ttft_s_left
+    if is_remote_timely and not is_local_timely and uncached_tokens >= config.handoff_tokens_min:
+        return True, f"{uncached_tokens} uncached tokens are in time only when handed off: {times}"
     if uncached_tokens < threshold:
         return False, (
             f"{uncached_tokens} uncached tokens are below the handoff threshold of {threshold}"
             if threshold < TOKENS_NEVER
-            else f"a transfer from {remote.worker_id} costs more than it saves"
+            else f"{uncached_tokens} uncached tokens: a transfer from {remote.worker_id} costs more"
+            " than it saves"
         )
-    times = (
-        f"TTFT {remote.ttft_s * 1000.0:.0f} ms by {remote.worker_id},"
-        f" {local.ttft_s * 1000.0:.0f} ms locally"
-    )
-    if remote.ttft_s > ttft_s_left and local.ttft_s < config.spill_share * remote.ttft_s:
-        return False, (
-            f"{uncached_tokens} uncached tokens stay local: {times},"
-            f" target {ttft_s_left * 1000.0:.0f} ms"
-        )
+    is_local_sooner = local.ttft_s < config.spill_share * remote.ttft_s
+    if not is_remote_timely and (is_local_timely or is_local_sooner):
+        return False, f"{uncached_tokens} uncached tokens stay local: {times}"
     return True, f"{uncached_tokens} uncached tokens reach the threshold of {threshold}: {times}"

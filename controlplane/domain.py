@@ -15,6 +15,7 @@ WorkerStatus = Literal["live", "suspect", "draining", "drained", "lost"]
 Split = Literal["local", "handoff"]
 Phase = Literal["queued", "prefill", "transfer", "decode", "orphaned"]
 Tier = Literal["guaranteed", "surplus"]  # surplus runs in what guaranteed work leaves
+PlannerMode = Literal["auto", "shadow"]
 OverLimit = Literal["surplus", "reject"]
 ContractKey = tuple[str, str, str]  # tenant, model, class
 
@@ -266,6 +267,21 @@ class DrainOrdered:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannerOrdered:
+    """From now on the planner acts (auto) or only records what it would do (shadow)."""
+
+    mode: PlannerMode
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRolledBack:
+    """Undo the newest change of the planner that still stands."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class ContractsSet:
     """The contracts in force from now on. The console has asked `ControlPlane.preview` first."""
 
@@ -294,8 +310,10 @@ Event = (
     | Stalled
     | RoleOrdered
     | DrainOrdered
-    | PolicyChanged
+    | PlannerOrdered
+    | PlanRolledBack
     | ContractsSet
+    | PolicyChanged
     | ServerDraining
     | Tick
 )
@@ -380,13 +398,14 @@ class Decided:
 
 @dataclass(frozen=True, slots=True)
 class PlanChanged:
-    """A role changed, by whom and why; kept as a plan record."""
+    """A role changed, by whom and why; kept as a plan record. In shadow mode it only would have."""
 
     worker_id: str
     role_before: Role
     role_after: Role
     by: str  # "planner" or the operator's name
     reason: str
+    is_shadow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,3 +489,4 @@ class ClusterView:
     requests: tuple[RequestView, ...]
     queued_by_class: tuple[tuple[str, int], ...]
     plans: tuple[PlanChanged, ...]  # newest first, bounded
+    planner_mode: PlannerMode = "auto"

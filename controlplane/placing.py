@@ -8,7 +8,7 @@ from controlplane.admission import Outlook, late_by_s, late_text
 from controlplane.calibration import TTFTCalibration, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates
-from controlplane.domain import Command, Decided
+from controlplane.domain import Command, Decided, GenerateRequest
 from controlplane.failover import Tracked
 from controlplane.planner import Planner
 from controlplane.pools import Pools
@@ -202,7 +202,7 @@ class Placer:
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:
-            self._observe(request.model_id, found, now_s)
+            self._observe(request, found, now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)
         self._count_move(tracked, found)
         record = decisions.placed(tracked, found, waited_s)
@@ -210,14 +210,14 @@ class Placer:
         self._commands.append(Decided(request.request_id, outcome, record))
         tracked.move_reason = ""
 
-    def _observe(self, model_id: str, found: Route, now_s: float) -> None:
+    def _observe(self, request: GenerateRequest, found: Route, now_s: float) -> None:
         assert found.placement is not None
         first = next(
             row for row in found.candidates if row.worker_id == found.placement.prefill_worker
         )
         floor = max(found.threshold_tokens, self._config.handoff_tokens_min)
         self._planner.observe_request(
-            now_s, model_id, first.prefill_s, found.uncached_tokens >= floor
+            now_s, request, first.prefill_s, found.uncached_tokens >= floor
         )
 
     def _dispatch(self, tracked: Tracked, placement: domain.Placement, uncached: int) -> None:
@@ -279,7 +279,7 @@ class Placer:
                 is_reported=is_reported,
                 is_surplus=tracked.tier == "surplus",
                 is_prefilling=not is_reported,
-                is_struck=tracked.num_strikes > 0 and not (is_reported or request.slo.is_batch),
+                is_struck=tracked.num_strikes > 0 and not is_reported,
             )
         )
         self.pools.refile(worker)

@@ -15,7 +15,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.contracts import Preview, preview
 from controlplane.domain import Command
 from controlplane.ledger import AccountView
-from controlplane.planner import Planner
+from controlplane.planner import Flip, Planner
 from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
 from controlplane.requests import Requests
@@ -30,6 +30,7 @@ class ControlPlane:
         self._registry = Registry(config, secret)
         self._planner = Planner(config)
         self._plans: deque[domain.PlanChanged] = deque(maxlen=config.plans_max)
+        self._planner_mode: domain.PlannerMode = "auto"
         self._ticked_at_s: float | None = None
         self._commands: list[Command] = []  # of the event in hand
         self._requests = Requests(config, self._registry, self._planner, self._commands)
@@ -63,12 +64,16 @@ class ControlPlane:
                 self._on_role(event, now_s)
             case domain.DrainOrdered():
                 self._on_drain(event)
-            case domain.PolicyChanged():
-                self._on_policy(event)
+            case domain.PlannerOrdered():
+                self._planner_mode = event.mode
+            case domain.PlanRolledBack():
+                self._roll_back(event, now_s)
             case domain.ContractsSet():
                 limit = self._config.contracts_max
                 assert len(event.contracts) <= limit, (len(event.contracts), limit)
                 self._requests.ledger.set_contracts(event.contracts, event.spent)
+            case domain.PolicyChanged():
+                self._on_policy(event)
             case domain.ServerDraining():
                 self._requests.is_draining = True
             case domain.Tick():
@@ -87,6 +92,7 @@ class ControlPlane:
             ),
             queued_by_class=self._requests.waiting_by_class(),
             plans=tuple(self._plans),
+            planner_mode=self._planner_mode,
         )
 
     @property
@@ -184,6 +190,33 @@ class ControlPlane:
             self._commands.append(domain.SendRole(worker.worker_id, role))
         self._commands.append(changed)
 
+    def _shadow(self, flip: Flip) -> None:
+        """Record what the planner would do; the same wish is recorded once."""
+        worker = flip.worker
+        reason = f"shadow: {flip.reason}"
+        changed = domain.PlanChanged(
+            worker.worker_id, worker.role, flip.role, "planner", reason, is_shadow=True
+        )
+        if self._plans and self._plans[0].is_shadow:
+            newest = self._plans[0]
+            if (newest.worker_id, newest.role_after) == (changed.worker_id, changed.role_after):
+                return
+        self._plans.appendleft(changed)
+        self._commands.append(changed)
+
+    def _roll_back(self, event: domain.PlanRolledBack, now_s: float) -> None:
+        """The planner leaves the worker alone for as long as after any operator's order."""
+        for plan in self._plans:
+            worker = self._registry.workers.get(plan.worker_id)
+            if plan.by != "planner" or plan.is_shadow or worker is None:
+                continue
+            if worker.role != plan.role_after:
+                continue  # changed again since
+            worker.held_until_s = now_s + self._config.operator_hold_s
+            reason = f"rolled back by {event.by}: {plan.reason}"
+            self._change_role(worker, plan.role_before, event.by, reason, now_s)
+            return
+
     def _on_drain(self, event: domain.DrainOrdered) -> None:
         worker = self._registry.workers.get(event.worker_id)
         if worker is None or worker.status not in ("live", "suspect"):
@@ -232,7 +265,9 @@ class ControlPlane:
         self._requests.expire(now_s)
         self._requests.balance(now_s)
         flip = self._planner.plan(now_s, list(self._registry.workers.values()))
-        if flip is not None:
+        if flip is not None and self._planner_mode == "shadow":
+            self._shadow(flip)
+        elif flip is not None:
             self._change_role(flip.worker, flip.role, "planner", flip.reason, now_s)
 
     def sizes(self) -> dict[str, tuple[int, int]]:

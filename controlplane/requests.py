@@ -64,6 +64,7 @@ class Requests:
     ) -> None:
         self._config = config
         self._registry = registry
+        self._planner = planner
         self._commands = commands
         self._num_by_tenant: dict[str, int] = {}  # online requests, waiting ones included
         self.tracked: dict[str, Tracked] = {}
@@ -234,8 +235,7 @@ class Requests:
         is tried alone until it goes on, so that a second death points at one request.
 
         A poison request costs two workers; one that kills while it decodes costs one more, since
-        it is no suspect before it has been moved. Batch is tried where nothing else starts, but
-        others may join it: it must keep no interactive request waiting."""
+        it is no suspect before it has been moved."""
         unproven = [key for key, held in worker.reservations.items() if held.is_prefilling]
         for request_id in unproven:
             tracked = self.tracked[request_id]
@@ -262,6 +262,8 @@ class Requests:
         is_in_time = ttft_s is not None and ttft_s <= slo.ttft_s_p99
         is_met = is_in_time and event.itl_s_p99 <= slo.itl_s_p99 and event.status == "completed"
         self._judge(tracked, is_met, event.status, now_s)
+        if event.status == "completed" and not slo.is_batch:
+            self._planner.observe_end(tracked.request, event.output_tokens)
         output_tokens = event.output_tokens if event.status != "failed" else None
         self._forget(tracked, output_tokens, now_s)
 

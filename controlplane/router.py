@@ -189,7 +189,11 @@ def _with_split(
 def _route_batch(
     ask: Ask, pool: Pool, config: ControlPlaneConfig, uniform: Callable[[], float]
 ) -> Route:
-    """Any role will do: the step scheduler lets batch rows fill only what online rows leave."""
+    """Any role will do: the step scheduler lets batch rows fill only what online rows leave. A line
+    that may have killed a worker is tried only where others can still take what is interactive."""
+    if ask.is_struck and len(pool.decoders) + len(pool.prefillers) < 2:
+        why = "it may have killed a worker, and is not tried on the last one"
+        return Route(None, why, "", (), 0, 0, 0.0)
     options = _options(pool.decoders, ask, config, uniform, is_prefill=False)
     options += _options(pool.prefillers, ask, config, uniform, is_prefill=False)
     able = [option for option in options if option.candidate.eligible]

@@ -222,5 +222,9 @@ class WorkerSerializer(serializers.Serializer):
     exception = serializers.CharField(allow_blank=True)
 
 
+class PlannerSerializer(serializers.Serializer):
+    mode = serializers.ChoiceField(choices=["auto", "shadow"])
+
+
 class RoleSerializer(serializers.Serializer):
     role = serializers.ChoiceField(choices=["prefill", "decode", "mixed"])

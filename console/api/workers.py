@@ -11,7 +11,7 @@ from rest_framework.response import Response
 
 from console import state
 from console.api.errors import Unavailable
-from console.api.serializers import RoleSerializer, WorkerSerializer
+from console.api.serializers import PlannerSerializer, RoleSerializer, WorkerSerializer
 from controlplane import domain
 
 
@@ -56,6 +56,23 @@ class WorkerViewSet(viewsets.ViewSet):
         worker = self._view(worker_id)
         self._order(domain.DrainOrdered(worker.worker_id, request.user.get_username()))
         return Response(_shown(self._view(worker_id)), status=202)
+
+    @extend_schema(parameters=[], request=None, responses={202: WorkerSerializer(many=True)})
+    @action(detail=False, methods=["post"])
+    def rollback(self, request: Request, **kwargs: Any) -> Response:
+        """Undo the planner's newest change of a role; the planner then leaves that worker alone."""
+        self._order(domain.PlanRolledBack(request.user.get_username()))
+        return Response([_shown(worker) for worker in self._views()], status=202)
+
+    @extend_schema(parameters=[], request=PlannerSerializer, responses={202: PlannerSerializer})
+    @action(detail=False, methods=["post"])
+    def planner(self, request: Request, **kwargs: Any) -> Response:
+        """Let the planner act (`auto`) or only record what it would do (`shadow`)."""
+        wanted = PlannerSerializer(data=request.data)
+        wanted.is_valid(raise_exception=True)
+        mode = wanted.validated_data["mode"]
+        self._order(domain.PlannerOrdered(mode, request.user.get_username()))
+        return Response({"mode": mode}, status=202)
 
     def _views(self) -> tuple[domain.WorkerView, ...]:
         return self._call(_workers)

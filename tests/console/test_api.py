@@ -308,6 +308,18 @@ def test_a_worker_is_drained(api: Api, fleet: PlaneFleet) -> None:
     assert api("post", "workers/w9/drain/").status_code == 404
 
 
+def test_the_planner_is_put_in_shadow_mode_and_its_change_is_rolled_back(
+    api: Api, fleet: PlaneFleet
+) -> None:
+    assert api("post", "workers/planner/", {"mode": "shadow"}).json() == {"mode": "shadow"}
+    assert fleet.view().planner_mode == "shadow"
+    assert api("post", "workers/planner/", {"mode": "wild"}).status_code == 400
+    assert api("get", "workers/planner/").status_code in (404, 405)
+    undone = api("post", "workers/rollback/")
+    assert undone.status_code == 202 and [item["worker_id"] for item in undone.json()] == ["w1"]
+    assert fleet.view().plans == (), "nothing of the planner's stood"
+
+
 def test_a_change_is_in_force_in_this_process_at_once(api: Api, fleet: PlaneFleet) -> None:
     made = api("post", "tenants/", {"slug": "beta", "name": "Beta", "default_class": "standard"})
     assert made.status_code == 201

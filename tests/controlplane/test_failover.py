@@ -406,28 +406,29 @@ def test_request_that_went_on_is_no_suspect_any_more():
     assert rig.request("r1") is not None
 
 
-def test_suspect_batch_line_keeps_no_interactive_request_waiting():
+def test_suspect_batch_line_is_not_tried_on_the_last_worker():
     rig = Rig()
     rig.join("decode")
     rig.submit("b1", slo=BATCH)
     rig.join("decode")
     rig.close("w1")
-    assert rig.request("b1").placement.decode_worker == "w2"
+    assert rig.request("b1").phase == "orphaned"
     assert [item.request_id for item in of(domain.Dispatch, rig.submit("r1"))] == ["r1"]
-
-
-def test_request_that_is_never_alone_when_workers_die_ends_at_its_strikes():
-    rig = Rig(strikes_max=3, moves_max=20)
     rig.join("decode")
-    rig.submit("b1", slo=BATCH)
-    ends = []
-    for turn in range(3):
-        rig.submit(f"n{turn}")
-        rig.finish(f"n{turn - 1}")
-        commands = rig.close(f"w{turn + 1}")
-        ends += [item.outcome.code for item in of(domain.Decided, commands)
-                 if isinstance(item.outcome, domain.Rejected)]  # fmt: skip
-        rig.join("decode")
-        rig.finish(f"n{turn}")
-        rig.tick(0.1)
-    assert ends == ["poison"] and rig.request("b1") is None
+    rig.tick(0.1)
+    assert rig.request("b1").placement.decode_worker == "w3"
+    assert rig.request("b1").phase == "prefill"
+
+
+def test_request_that_was_left_before_it_started_is_a_suspect_when_that_worker_dies():
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.send("w2", make_load(prefill_tokens_waiting=900, running_online=1))
+    rig.submit("r0", prompt_tokens=300), rig.submit("r1", prompt_tokens=100)
+    rig.send("w2", make_load())
+    rig.tick(0.1)
+    assert rig.request("r1").placement.decode_worker == "w2" and rig.request("r1").epoch == 2
+    rig.join("decode")
+    rig.close("w1")
+    (decided,) = [item for item in of(domain.Decided, rig.close("w2")) if item.request_id == "r1"]
+    assert decided.outcome.code == "poison"

@@ -156,3 +156,76 @@ def test_models_are_planned_apart():
     assert run(rig, 90.0, steady_mix(2)) == [], "no request asked for the other model"
     (flip,) = run(rig, 45.0, lambda: SHORT)
     assert flip.worker_id == "w1"
+
+
+# --- shadow mode and rollback --------------------------------------------------------------------
+
+
+def test_shadow_mode_records_what_the_planner_would_do_once_and_changes_nothing():
+    rig = cluster("prefill", "decode")
+    rig.handle(domain.PlannerOrdered("shadow", "ann"))
+    plans = run(rig, 120.0, lambda: SHORT)
+    assert [(plan.worker_id, plan.role_after, plan.is_shadow) for plan in plans] == [
+        ("w1", "decode", True)
+    ]
+    assert plans[0].reason.startswith("shadow: in 30 s")
+    assert rig.worker("w1").role == "prefill" and of(domain.SendRole, rig.commands) == []
+    assert rig.plane.view(rig.now_s).planner_mode == "shadow"
+    rig.handle(domain.PlannerOrdered("auto", "ann"))
+    (flip,) = run(rig, 30.0, lambda: SHORT)
+    assert not flip.is_shadow and rig.worker("w1").role == "decode"
+
+
+def test_rollback_undoes_the_planners_newest_change_and_keeps_it_undone():
+    rig = cluster("prefill", "decode")
+    run(rig, 60.0, steady_mix(1))
+    (flip,) = run(rig, 60.0, lambda: SHORT)
+    (undone,) = of(domain.PlanChanged, rig.handle(domain.PlanRolledBack("ann")))
+    assert (undone.worker_id, undone.role_after, undone.by) == (flip.worker_id, "prefill", "ann")
+    assert undone.reason.startswith("rolled back by ann: in 30 s")
+    assert of(domain.SendRole, rig.commands)[-1] == domain.SendRole("w1", "prefill")
+    assert run(rig, 200.0, lambda: SHORT) == [], "an operator's word holds"
+    assert rig.handle(domain.PlanRolledBack("ann")) == [], "nothing of the planner's stands"
+
+
+def test_rollback_leaves_alone_what_was_changed_again_since():
+    rig = cluster("prefill", "decode")
+    run(rig, 60.0, steady_mix(1)), run(rig, 60.0, lambda: SHORT)
+    rig.handle(domain.RoleOrdered("w1", "mixed", "bob"))
+    assert rig.handle(domain.PlanRolledBack("ann")) == []
+    assert rig.worker("w1").role == "mixed"
+
+
+# --- the forecast's floor ------------------------------------------------------------------------
+
+
+def test_floor_adds_a_prefill_worker_before_the_load_is_there():
+    """Of each 100 s the first 20 are heavy: the forecast's band has seen that."""
+    rig = Rig(forecast_bin_s=10.0, forecast_horizon_s=20.0, forecast_s_min=60.0, plan_window_s=30.0)
+    for role in ("prefill", "decode", "decode", "decode"):
+        rig.join(role)
+    workers = ("w1", "w2", "w3", "w4")
+    plans = []
+    for second in range(400):
+        is_heavy = second % 100 < 20
+        for index in range(2 if is_heavy else 0):
+            rig.submit(f"r{second}-{index}", prompt_tokens=600)
+            rig.handle(domain.FirstToken(f"r{second}-{index}", 1.0))
+            rig.finish(f"r{second}-{index}")
+        plans += of(domain.PlanChanged, rig.tick(1.0, heard=workers))
+    floors = [plan for plan in plans if plan.reason.startswith("forecast for 20 s from now")]
+    assert floors and floors[0].role_after == "prefill"
+    assert "long prompts/s" in floors[0].reason and "prefill workers (" in floors[0].reason
+
+
+def test_floor_needs_history_and_never_takes_the_last_decode_worker():
+    rig = Rig(forecast_bin_s=10.0, forecast_horizon_s=20.0, forecast_s_min=1e6)
+    rig.join("prefill"), rig.join("decode"), rig.join("decode")
+    for second in range(200):
+        rig.submit(f"r{second}", prompt_tokens=600)
+        rig.handle(domain.FirstToken(f"r{second}", 1.0))
+        rig.finish(f"r{second}")
+        rig.tick(1.0, heard=("w1", "w2", "w3"))
+    assert not any("forecast" in plan.reason for plan in rig.plane.view(rig.now_s).plans)
+    roles = [worker.role for worker in rig.plane.view(rig.now_s).workers]
+    assert roles.count("prefill") <= 2

@@ -244,7 +244,7 @@ def test_threshold_weighs_the_transfer_against_the_rows_it_spares(
         (127, 9.0, 0.1, False),
         (128, 0.1, 3.9, True),  # both in time: spare the decode rows
         (400, 2.0, 5.0, False),  # late, and local is much sooner
-        (400, 4.0, 5.0, True),  # late either way
+        (400, 4.0, 5.0, False),  # late either way
         (400, 9.0, 5.0, True),
     ],
 )
