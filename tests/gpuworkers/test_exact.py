@@ -97,8 +97,9 @@ def test_bfloat16_logits_are_bitwise_equal_too(folder):
 
 
 @pytest.mark.slow
-def test_the_real_models_logits_are_bitwise_equal_across_batch_sizes_and_chunkings():
-    runner, *_ = load(real_model_folder(), "real", dtype="fp32", kv_tokens=34 * 160)
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_the_real_models_logits_are_bitwise_equal_across_batch_sizes_and_chunkings(dtype):
+    runner, *_ = load(real_model_folder(), "real", dtype=dtype, kv_tokens=34 * 160)
     sequences = [sequence(i, 1 + (7 * i) % 70) for i in range(33)]
     alone = torch.cat([logits(runner, [(s, 0, len(s.token_ids))]) for s in sequences])
     for size in range(1, 34):
