@@ -1,9 +1,9 @@
 // Draws one id per row of logits. Every filter keeps a head of the ids in order of likeliness (of
-// equal ones the lowest id first), so each cut is a search for the key of one element: how many ids,
-// with how much mass, have at least this key? Nothing is sorted. Two passes over the row: one finds
-// the largest logit and the largest of each of many small groups of ids; at least k ids are as large
-// as the k-th largest of those, so the second pass lists all that are. The searches run over the
-// list; only where the head does not end within it, over the whole row.
+// equal ones the lowest id first), so each cut is a search for the key of one element: how many
+// ids, with how much mass, have at least this key? Nothing is sorted. Two passes over the row: one
+// finds the largest logit and the largest of each of many small groups of ids; at least k ids are
+// as large as the k-th largest of those, so the second pass lists all that are. The searches run
+// over the list; only where the head does not end within it, over the whole row.
 // Lists and sums have one fixed order: the same logits and the same draw give the same id.
 // Semantics: kernels.ops.SamplingTable. Weights of listed ids in float64, of a whole row in
 // float32; sums in float64.
