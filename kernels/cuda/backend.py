@@ -33,7 +33,7 @@ DECODE_STAGES = 3
 DECODE_TILE_TOKENS = 16
 PREFILL_TILE_TOKENS = 64
 PREFILL_THREADS = 128
-SAMPLE_THREADS = 512
+SAMPLE_THREADS = 384  # two blocks on a multiprocessor, at 80 registers a thread
 SAMPLE_LISTED_BYTES = 16  # weight, value, id
 SAMPLE_LISTED_MAX = 4096  # LISTED_MAX in sample.cu
 # Blocks of paged_decode that a multiprocessor holds at a time, by head_dim: 96 KiB of shared memory

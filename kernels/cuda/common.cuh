@@ -1,7 +1,7 @@
-// What the kernels share: 16-byte accesses, bfloat16, reductions, and the instructions of the tensor
-// cores and of asynchronous copies. Inline PTX stands in this file only; each such wrapper has a
-// body for the CPU harness (CUDASIM). No header is needed: NVRTC compiles a kernel from this text.
-// Instructions: PTX ISA 8.7, sections cp.async, ldmatrix, mma (m16n8k16), cvt.
+// What the kernels share: 16-byte accesses, bfloat16, reductions, and the instructions of the
+// tensor cores and of asynchronous copies. Inline PTX stands in this file only; each such wrapper
+// has a body for the CPU harness (CUDASIM). NVRTC compiles a kernel from this text, no header.
+// Instructions: PTX ISA 8.7, sections cp.async, ldmatrix, mma (m16n8k16), cvt, max.
 #ifndef CUDASIM
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -103,6 +103,17 @@ __device__ __forceinline__ uint4 pack_8(const float values[VECTOR]) {
                       pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
 }
 
+// The larger of two, NaN where one is.
+__device__ __forceinline__ float larger_or_nan(float a, float b) {
+#ifdef CUDASIM
+    return a != a || b != b ? a + b : fmaxf(a, b);
+#else
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+#endif
+}
+
 // ---- reductions --------------------------------------------------------------------------------
 
 template <typename T>
@@ -121,7 +132,7 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // The sum over all threads of the block, in all of them, always added in the same order.
-// PRECOND: every thread calls it; blockDim.x is a multiple of 32; `scratch` holds 32 values, shared.
+// PRECOND: every thread calls it, blockDim.x is a multiple of 32, `scratch` is 32 shared values.
 template <typename T>
 __device__ __forceinline__ T block_sum(T value, T* scratch) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

@@ -24,8 +24,8 @@ __device__ __forceinline__ int place(int token, int chunk) {
 }
 
 // K and V of tokens [first, first + TILE) of a block, those below `end`, into one stage.
-__device__ __forceinline__ void fetch_tile(bf16* stage, const bf16* kv_layer, int block, int kv_head,
-                                           int first, int end, int lane) {
+__device__ __forceinline__ void fetch_tile(bf16* stage, const bf16* kv_layer, int block,
+                                           int kv_head, int first, int end, int lane) {
     const bf16* keys = kv_layer +
                        (static_cast<long long>(block) * 2 * KV_HEADS + kv_head) * BLOCK_PLANE +
                        first % BLOCK_TOKENS * HEAD_DIM;
@@ -46,8 +46,9 @@ struct Running {
     float out[HEAD_DIM / 8][4];
 };
 
-__device__ __forceinline__ void add_tile(Running& run, const unsigned q[STEPS][4], const bf16* stage,
-                                         int num_tokens, float scale, int lane) {
+__device__ __forceinline__ void add_tile(Running& run, const unsigned q[STEPS][4],
+                                         const bf16* stage, int num_tokens, float scale,
+                                         int lane) {
     const int matrix = lane / 8, row = lane % 8;
     float scores[2][4] = {};
 #pragma unroll

@@ -1,9 +1,10 @@
-// Runs a CUDA kernel on a CPU, to test it: every CUDA thread is a fiber of one OS thread, blocks run
-// one after the other, and a fiber gives way only where CUDA lets threads meet (barriers, warp
-// operations). The order in which fibers run is forward, reverse or shuffled by a seed, and one
-// warp goes on as far as it can before another does, so that a missing barrier shows as a wrong result; shared memory starts as NaNs; asynchronous copies arrive
-// as late as the kernel permits or, in reverse order, at once. Reported, with the reason: threads that wait for ever, accesses
-// that are misaligned or outside the launch's tensors, sizes a GPU refuses.
+// Runs a CUDA kernel on a CPU, to test it: every CUDA thread is a fiber of one OS thread, blocks
+// run one after the other, and a fiber gives way only where CUDA lets threads meet (barriers, warp
+// operations). Fibers run in forward, reverse or shuffled order by a seed, and one warp goes on as
+// far as it can before another does, so that a missing barrier shows as a wrong result. Shared
+// memory starts as NaNs. Asynchronous copies arrive as late as the kernel permits or, in reverse
+// order, at once. Reported, with the reason: threads that wait for ever, accesses that are
+// misaligned or outside the launch's tensors, sizes a GPU refuses.
 // g++ on x86-64. Not covered: memory order between warps, and time.
 #pragma once
 #include <sys/mman.h>

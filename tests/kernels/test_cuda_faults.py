@@ -190,15 +190,15 @@ FAULTS: list[tuple[Callable[[Kit], None], str, str, str, str]] = [
         draws,
         "sample",
         "key itself left out",
-        "key_of(listed_values[i]) >= key",
-        "key_of(listed_values[i]) > key",
+        "key_of(values[i]) >= key;",
+        "key_of(values[i]) > key;",
     ),
     (
         draws,
         "sample",
-        "list read without a barrier",
-        "ids[place++] = id;\n        }\n    });\n    __syncthreads();",
-        "ids[place++] = id;\n        }\n    });",
+        "sums read without a barrier",
+        "scratch->heads[turn][warp] = mine;\n        __syncthreads();",
+        "scratch->heads[turn][warp] = mine;",
     ),
 ]
 
