@@ -438,7 +438,9 @@ async def test_output_of_a_chunked_prompt_with_a_cached_prefix_is_the_same_with_
             await send_pair(console, prompt, 24, sampling=sampling, **TINY)
             assert await console.finished("r") == alone
             reports = [r for r in console.reports("r") if r.prefill_tokens]
-            assert max(r.cached_tokens for r in reports) == 32 and len(reports) > 1
+            assert max(r.cached_tokens for r in reports) == 32
+            # The link may join reports; the steps are counted: two chunks of each prompt.
+            assert engines[0].load(0.0).step_index == 4
             departures = workers[0]._handoffs.departures
             assert {d.first for d in departures} > {0}
             assert console.of(protocol.HandoffDone, "r")
