@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from controlplane import protocol
+from controlplane import kappas, protocol
 from controlplane.errors import SlackwaterError
 from controlplane.latency import LatencyModel, StepFeatures
 from gpuworkers import runner
@@ -36,6 +36,7 @@ TARGET_PREFILL_TOKENS, TARGET_ROWS, TARGET_CONTEXT_TOKENS = 256, 4, 64
 KV_TOKENS = 16_384
 MODEL_ID = "bench"
 RESAMPLES = 1000
+FIRST_TOKEN_SHARE = protocol.Policy().first_token_share
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,25 +197,25 @@ def summary(figures: Figures, itl_s: float) -> dict[str, object]:
     }
 
 
-def measure(
-    folder: Path, seconds: float, kappa: float, first_token_share: float
-) -> dict[str, object]:
-    """All figures. Raises SlackwaterError for a folder that cannot be served."""
+def measure(folder: Path, seconds: float, kappa: float) -> dict[str, object]:
+    """All figures; kappa 0 is that of the shipped table. Raises SlackwaterError for a folder that
+    cannot be served."""
     loaded, facts, device, model = runner.load(folder, MODEL_ID, "auto", "exact", KV_TOKENS)
     seed_model = model.coefficients()
     prefill = StepFeatures().with_tokens(0, TARGET_PREFILL_TOKENS)
     decode = StepFeatures().with_decodes(TARGET_ROWS, TARGET_ROWS * TARGET_CONTEXT_TOKENS)
     ttft_s, itl_s = TTFT_FACTOR * model.predict_s(prefill), ITL_FACTOR * model.predict_s(decode)
     targets = protocol.ClassTargets("bench", 0, ttft_s, itl_s)
+    kappa = kappa or kappas.kappa_for(kappas.load(), ttft_s, itl_s)
 
-    def arm(kappa: float, share: float, has_batch: bool) -> Arm:
+    def arm(kappa: float, has_batch: bool, share: float = FIRST_TOKEN_SHARE) -> Arm:
         policy = protocol.Policy.for_targets(ttft_s, itl_s, kappa, first_token_share=share)
         return Arm(loaded, facts, seed_model, targets, policy, has_batch)
 
     arms = {
-        "online": arm(kappa, first_token_share, False),
-        "kappa": arm(kappa, first_token_share, True),
-        "full": arm(1.0, 1.0, True),
+        "online": arm(kappa, has_batch=False),
+        "kappa": arm(kappa, has_batch=True),
+        "full": arm(1.0, has_batch=True, share=1.0),
     }
     for name, one in arms.items():
         one.run(make_arrivals(WARM_S, facts.vocab_size, SEED), WARM_S)
@@ -250,11 +251,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpuworkers.benchcoserve", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each arm")
-    parser.add_argument("--kappa", type=float, default=0.8)
-    parser.add_argument("--first-token-share", type=float, default=0.25)
+    parser.add_argument("--kappa", type=float, default=0.0, help="0: from the shipped table")
     options = parser.parse_args(argv)
     try:
-        result = measure(options.model, options.seconds, options.kappa, options.first_token_share)
+        result = measure(options.model, options.seconds, options.kappa)
     except SlackwaterError as error:
         print(json.dumps({"error": str(error)}))
         return 1

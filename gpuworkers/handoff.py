@@ -209,9 +209,10 @@ class HandoffServer:
                 await lease.until(lambda: lease.num_acks > num_sent)
         finally:
             outlet.close()
+        lags_s = [d.left_at_s - d.final_at_s for d in self.departures if d.key == lease.key]
         logger.info(
-            "handoff sent request=%s epoch=%d carrier=%s pieces=%d after_ms=%.1f",
-            *lease.key, outlet.carrier, num_sent, after_s * 1e3,
+            "handoff sent request=%s epoch=%d carrier=%s pieces=%d lag_ms_max=%.1f after_ms=%.1f",
+            *lease.key, outlet.carrier, num_sent, 1e3 * max(lags_s, default=0.0), 1e3 * after_s,
         )  # fmt: skip
 
     async def _send_final(

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("console", "controlplane", "gpuworkers", "kernels", "tests", "manage", "deploy")
-WIRE = ("protocol", "domain", "errors", "latency")
+WIRE = ("protocol", "domain", "errors", "latency", "kappas")
 PURE_WORKER = ("scheduler", "sequence", "blocks")
 HEAVY = {"torch", "cupy"}
 DJANGO = {"django", "rest_framework", "channels", "celery", "daphne", "twisted"}

@@ -104,10 +104,10 @@ async def test_thread_waits_when_the_event_loop_is_behind() -> None:
     steps = 0
     run = engine.runner.run
 
-    def counted(plan: Any) -> Any:
+    def counted(*arguments: Any) -> Any:
         nonlocal steps
         steps += 1
-        return run(plan)
+        return run(*arguments)
 
     engine.runner.run = counted
     engine.assign(assign("r", [1, 2, 3], 5000), 0.0)
@@ -130,9 +130,9 @@ async def test_engine_thread_is_the_only_one_that_steps() -> None:
     names: set[str] = set()
     run = engine.runner.run
 
-    def noted(plan: Any) -> Any:
+    def noted(*arguments: Any) -> Any:
         names.add(threading.current_thread().name)
-        return run(plan)
+        return run(*arguments)
 
     engine.runner.run = noted
     turns: list[Turn] = []

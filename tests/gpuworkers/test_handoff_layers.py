@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from controlplane import protocol
-from gpuworkers import handoffcarrier, handoffwire, runner
+from gpuworkers import handoff, handoffcarrier, handoffwire, runner
 from gpuworkers.driver import ThreadDriver
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.fake import FakeKV
@@ -128,6 +128,19 @@ async def test_a_peer_that_comes_late_gets_what_became_final_before(sender: Send
     sender.ready()
     await transfer
     assert all(is_there(sender, kv, layer) for layer in LAYERS)
+
+
+async def test_times_of_the_latest_departures_are_kept_up_to_the_maximum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handoff, "DEPARTURES_KEPT_MAX", 1)
+    sender = Sender()
+    sender.address = await sender.server.start("127.0.0.1")
+    sender.offer()
+    sender.ready()
+    await fetch_task(sender, FakeKV(8, 16), "tcp")
+    assert [(d.layer, d.end) for d in sender.server.departures] == [(1, 3)]
+    await sender.server.close()
 
 
 def hook_calls(bench: EngineBench) -> list[tuple[int, int, int]]:
