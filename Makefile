@@ -1,6 +1,6 @@
 # Slackwater. `make` lists the targets; `make demo` is the way to see it work.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-info test test-all sim-test lint clean clean-demo
+.PHONY: help setup demo demo-info test test-all sim-test sim-mutants lint clean clean-demo
 
 VENV := .venv/bin
 # The demo's database, logs and key; a database named in the shell is not touched.
@@ -43,6 +43,9 @@ test-all: test  ## the same, then services, kills and long tests, at most 45 min
 
 sim-test: setup  ## 2,000 simulated clusters under faults, at most 12 minutes on 2 cores
 	PYTHONHASHSEED=0 $(VENV)/python -m controlplane.sim swarm --seeds 2000 --processes 2
+
+sim-mutants: setup  ## planted bugs against the simulation, at most 40 minutes on 2 cores
+	PYTHONHASHSEED=0 $(VENV)/python -m tests.simulation.mutants
 
 lint: setup  ## ruff and mypy
 	$(VENV)/ruff check .

@@ -48,8 +48,8 @@ class ControlPlaneConfig:
     avoid_s: float = 0.25  # after a rejection, doubled each time
     avoid_s_max: float = 4.0
     measure_all_max: int = 32  # workers of one role up to which all are measured for a request
-    holders_measured: int = 3  # beyond: so many with the longest cached prefix,
-    sampled_max: int = 5  # and so many by load;
+    holders_measured: int = 2  # beyond: so many with the longest cached prefix,
+    sampled_max: int = 4  # and so many by load;
     sampled_again: int = 32  # and so many more when none of them can take it
     fit_share: float = 0.3  # of the TTFT target: within it the fullest worker is best
     fit_itl_share: float = 0.8

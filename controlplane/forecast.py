@@ -49,6 +49,8 @@ class Forecast:
     def advance(self, now_s: float) -> None:
         """Close the bins that have ended."""
         index = int(now_s / self._bin_s)
+        if index == self._open_index:
+            return
         if self._open_index is None:
             self._open_index = index
         for _ in range(min(index - self._open_index, self._per_day)):

@@ -12,6 +12,7 @@ that are routed together share one value, so a block costs about one dictionary 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from sys import getsizeof
 
 KEY_BYTES = 8  # of a block's name: two of a million collide once in 4e7 indexes
@@ -58,6 +59,10 @@ class PrefixIndex:
         self._slots: list[_Slot] = [_Slot()]  # nobody's: a holder is never 0
         self._free: list[int] = []
         self._slot_of: dict[str, int] = {}
+        # The chain matched last, as it was found: a decision inserts it right after.
+        self._chain: Sequence[bytes] = ()
+        self._keys: list[bytes] = []
+        self._found: list[int] = []
 
     def __len__(self) -> int:
         """Blocks that can be found; those in both dictionaries count twice."""
@@ -114,14 +119,15 @@ class PrefixIndex:
         slot.num_written += len(hashes)
         if len(self._young) + len(hashes) > self._generation_max:
             self._old, self._young = self._young, {}
-        young, old = self._young, self._old
+            self._chain = ()
+        self._look_up(hashes)
+        young = self._young
         before, after = 0, code
-        for name in hashes:
-            key = name[:KEY_BYTES]
-            packed = young.get(key) or old.get(key, 0)
+        for key, packed in zip_longest(self._keys, self._found, fillvalue=0):
             if packed != before:
                 before, after = packed, self._with(packed, code)
-            young[key] = after
+            young[key] = after  # type: ignore[index]  # there are never more holders than keys
+        self._chain = ()
 
     def _with(self, packed: int, code: int) -> int:
         """The holders with this one in front, newest first."""
@@ -134,19 +140,30 @@ class PrefixIndex:
             left >>= HOLDER_BITS
         return (rest << HOLDER_BITS | code) & self._holders_mask
 
+    def _look_up(self, hashes: Sequence[bytes]) -> None:
+        """Keys of a chain's blocks, and holders of those up to the first that nobody holds: what
+        comes after it in a chain was not routed since either."""
+        if self._chain is hashes:
+            return
+        young, old = self._young, self._old
+        self._chain = hashes
+        self._keys = [name[:KEY_BYTES] for name in hashes]
+        self._found = found = []
+        for key in self._keys:
+            packed = young.get(key) or old.get(key)
+            if packed is None:
+                break
+            found.append(packed)
+
     def matched(self, hashes: Sequence[bytes]) -> dict[str, Hit]:
         """Leading blocks that each worker holds; workers without the first are absent."""
-        young, old = self._young, self._old
+        self._look_up(hashes)
         depths: dict[int, list[int]] = {}  # slot -> [device blocks, host blocks]
         before, run = 0, 0  # so many blocks in a row with the same holders
         start = 0
-        for name in hashes:
-            key = name[:KEY_BYTES]
-            packed = young.get(key) or old.get(key)
+        for packed in self._found:
             if packed != before:
                 if run and not self._count(before, start, run, depths):
-                    break
-                if packed is None:
                     run = 0
                     break
                 start, run, before = start + run, 0, packed

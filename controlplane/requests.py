@@ -255,7 +255,7 @@ class Requests:
             return
         if event.status == "failed" and tracked.workers():
             self._ejector.failed(self._registry.workers[tracked.workers()[-1]])
-        self._leave(tracked)
+        self._leave(tracked, now_s)
         if event.request_id in self._room:
             self._room.remove(tracked.request)
         slo, ttft_s = tracked.request.slo, tracked.ttft_s
@@ -276,7 +276,7 @@ class Requests:
         tracked.refused_by(worker_id, False, now_s, self._config)
         self.move(tracked, worker_id, f"ids from {worker_id} stopped arriving", now_s)
 
-    def _leave(self, tracked: Tracked, without: str = "") -> None:
+    def _leave(self, tracked: Tracked, now_s: float, without: str = "") -> None:
         """Release what the current epoch holds, cancelling it everywhere but on `without`."""
         for worker_id in tracked.workers():
             worker = self._registry.workers.get(worker_id)
@@ -284,6 +284,10 @@ class Requests:
                 continue
             self._placer.pools.refile(worker)
             if worker_id != without and worker.status != "lost":
+                placement = tracked.placement
+                is_first = placement is not None and worker_id == placement.prefill_worker
+                if is_first and not tracked.has_first_token:
+                    tracked.left_worker, tracked.left_at_s = worker_id, now_s
                 self._commands.append(
                     domain.CancelSequence(worker_id, tracked.request_id, tracked.epoch)
                 )
@@ -293,7 +297,7 @@ class Requests:
         is_alone = not tracked.is_split_open
         worker = self._registry.workers.get(lost)
         is_gone = worker is not None and worker.status == "lost"
-        self._leave(tracked, lost if is_gone else "")
+        self._leave(tracked, now_s, lost if is_gone else "")
         tracked.resumable_on = lost if is_gone and is_alone else ""
         tracked.lost_worker, tracked.move_reason = lost, why
         tracked.num_moves += 1
@@ -367,7 +371,11 @@ class Requests:
     ) -> None:
         """The worker is the authority on its KV: ask the next candidate."""
         is_final = message.reason in REFUSALS_FINAL
-        self._leave(tracked, worker.worker_id)
+        if message.reason == "draining" and worker.status == "live":
+            worker.status = "draining"  # ordered by an earlier console: it will not change
+            worker.is_drain_ordered = True
+            self._placer.pools.refile(worker)
+        self._leave(tracked, now_s, worker.worker_id)
         tracked.refused_by(worker.worker_id, is_final, now_s, self._config)
         tracked.move_reason = f"{worker.worker_id} refused it: {message.reason}"
         tracked.enter_phase("queued", now_s)
@@ -459,8 +467,7 @@ class Requests:
             if found is None:
                 continue
             tracked = waiting.tracked
-            self._leave(tracked)
-            tracked.left_worker, tracked.left_at_s = waiting.worker_id, now_s
+            self._leave(tracked, now_s)
             tracked.num_replaced += 1
             tracked.move_reason = (
                 f"{found.candidates[0].worker_id} starts it in {found.queue_s * 1000.0:.0f} ms,"

@@ -84,6 +84,8 @@ def run_swarm(options: argparse.Namespace) -> int:
     if options.seed is not None:
         return replay(options.seed, options.shrink)
     seeds = range(options.first, options.first + options.seeds)
+    if options.until_failure:
+        return first_failure(seeds)
     outcomes = []
     with multiprocessing.Pool(options.processes) as pool:
         for outcome in pool.imap_unordered(play, seeds, chunksize=10):
@@ -100,6 +102,15 @@ def run_swarm(options: argparse.Namespace) -> int:
     violations = sum(bool(outcome.violation) for outcome in outcomes)
     print(f"sim: seeds={len(outcomes)} events={sum(events)} violations={violations}", flush=True)
     return 1 if violations else 0
+
+
+def first_failure(seeds: range) -> int:
+    """In one process: exit code 1 with the first seed that breaks a law."""
+    for seed in seeds:
+        if violation := play(seed).violation:
+            print(f"seed {seed}: {violation[:200]}")
+            return 1
+    return 0
 
 
 def play(seed: int) -> swarm.Outcome:
@@ -146,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--first", type=int, default=0, help="the first seed")
     command.add_argument("--processes", type=int, default=2)
     command.add_argument("--seed", type=int, help="only this one")
+    command.add_argument("--until-failure", action="store_true", help="stop at the first one")
     command.add_argument("--shrink", action="store_true", help="make a failing one smaller")
     return main
 

@@ -376,3 +376,50 @@ def test_drain_refuses_new_requests():
     rig.fleet.handle(domain.ServerDraining())
     (decided,) = events(rig.submit())
     assert decided.outcome.code == "draining"
+
+
+def test_surplus_request_reaches_its_worker_behind_all_that_may_be_in_time():
+    rig = Rig()
+    link = rig.join("c1")
+    strict = domain.SLOClass("interactive", 0, ttft_s_p99=0.01, itl_s_p99=0.2)
+    rig.submit("late", slo=strict)
+    rig.submit("timely")
+    assigned = [item for item in link.sent if isinstance(item, protocol.Assign)]
+    assert {item.request_id: item.targets.ttft_s_left for item in assigned} == {
+        "late": 0.0,
+        "timely": 4.0,
+    }
+
+
+def test_contract_bills_what_was_delivered_and_is_judged_by_its_gaps():
+    rig = Rig()
+    rig.join("c1")
+    model_id = make_request().model_id
+    contract = domain.Contract("acme", model_id, "interactive", 60, 6_000, 10)
+    rig.fleet.handle(domain.ContractsSet((contract,)))
+    live = rig.submit(prompt_tokens=32, output_tokens_max=8)
+    rig.report("c1", live, 0, [1, 2, 3, 4])
+    rig.fleet.first_token(live, 0.5)
+    live.delivered_tokens, live.itl_s_p99 = 3, 0.1  # a stop string took the last id
+    rig.fleet.finished(live, "completed")
+    (account,) = rig.fleet.accounts()
+    assert (account.spent_tokens, account.held_tokens) == (35, 0)
+    assert (account.num_met, account.num_missed) == (1, 0)
+    (row,) = rig.fleet.preview([contract])
+    assert row.refusal is None and row.capacity.num_workers == 1
+
+
+def test_plane_hears_once_that_a_moved_request_goes_on():
+    """Until then nothing else starts beside it: it may have killed its worker."""
+    rig = Rig()
+    rig.join("c1")
+    live = rig.submit("r1")
+    link = rig.join("c2")
+    rig.fleet.disconnected("c1")
+    rig.submit("r2")
+    started = [item.request_id for item in link.sent if isinstance(item, protocol.Assign)]
+    assert started == ["r1"]
+    rig.report("c2", live, 0, [5])
+    rig.report("c2", live, 1, [6])
+    started = [item.request_id for item in link.sent if isinstance(item, protocol.Assign)]
+    assert started == ["r1", "r2"] and live.progressed_epoch == 2

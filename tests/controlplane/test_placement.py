@@ -424,6 +424,17 @@ def test_request_moves_at_most_twice():
     assert len(moves) <= 2
 
 
+def test_only_the_longest_waits_are_looked_at_in_one_tick():
+    rig = Rig(replace_scan=1)
+    rig.join("decode"), rig.join("decode")
+    rig.send("w2", make_load(prefill_tokens_waiting=1_200, running_online=1))
+    for index in range(4):
+        rig.submit(f"r{index}", prompt_tokens=100)
+    assert rig.worker("w1").requests == 4
+    rig.send("w2", make_load())
+    assert [item.request_id for item in of(domain.Dispatch, rig.tick(0.1))] == ["r3"]
+
+
 # --- ejection ------------------------------------------------------------------------------------
 
 

@@ -307,3 +307,14 @@ def test_changed_policy_reaches_those_who_are_here_and_those_who_join_later():
     assert sent == [domain.SendPolicy("w1", expected), domain.SendPolicy("w2", expected)]
     (greet,) = of(domain.Greet, rig.hello(make_hello("decode")))
     assert greet.message.policy == expected
+
+
+def test_worker_that_refuses_because_it_drains_gets_nothing_more():
+    """An order of an earlier console, which this one knows nothing of."""
+    rig = Rig()
+    rig.join("decode"), rig.join("decode")
+    rig.submit("r1")
+    (dispatch,) = of(domain.Dispatch, rig.commands)
+    commands = rig.send(dispatch.worker_id, protocol.Rejected("r1", 1, "draining", 40))
+    assert rig.worker(dispatch.worker_id).status == "draining"
+    assert of(domain.Dispatch, commands)[0].worker_id != dispatch.worker_id

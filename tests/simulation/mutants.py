@@ -1,0 +1,170 @@
+"""Planted bugs: does the simulation find them? `make sim-mutants`.
+
+Mutations are drawn by a seed over lines that the simulation executes, at least PER_FILE in each
+file, and applied one at a time to a scratch copy of the packages. A mutant is caught when a seed
+breaks a law or ends in an error; equivalent ones are listed in EQUIVALENT with the reason.
+"""
+
+import argparse
+import ast
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from controlplane.sim import scenario, swarm
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = (
+    "controlplane/plane.py",
+    "controlplane/requests.py",
+    "controlplane/registry.py",
+    "controlplane/failover.py",
+    "controlplane/ledger.py",
+    "controlplane/waiting.py",
+    "gpuworkers/scheduler.py",
+    "gpuworkers/blocks.py",
+)
+PER_FILE = 3
+NUM_MUTANTS = 30
+SEEDS_MAX = 60  # tried on one mutant
+COVER_SEEDS = 4
+TIMEOUT_S = 300.0  # of one mutant; one that never ends is caught too
+SWAPS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+EQUIVALENT: dict[str, str] = {}  # "file:line what" -> why nothing observable changes
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change: the number of its node in a walk over the file's syntax."""
+
+    file: str
+    line: int
+    index: int
+    what: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.line} {self.what}"
+
+
+def covered_lines() -> dict[str, set[int]]:
+    """Lines of FILES that a few seeds execute."""
+    wanted = {str(ROOT / name): name for name in FILES}
+    seen: dict[str, set[int]] = {name: set() for name in FILES}
+
+    def trace(frame, event, argument):  # noqa: ARG001
+        name = wanted.get(frame.f_code.co_filename)
+        if name is None:
+            return None
+
+        def lines(frame, event, argument):
+            if event == "line":
+                seen[name].add(frame.f_lineno)
+            return lines
+
+        return lines
+
+    sys.settrace(trace)
+    try:
+        for seed in range(COVER_SEEDS):
+            swarm.run(scenario.draw(seed))
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+def candidates(file: str, lines: set[int]) -> Iterator[Mutant]:
+    tree = ast.parse((ROOT / file).read_text())
+    in_assert = {
+        id(node) for top in ast.walk(tree) if isinstance(top, ast.Assert) for node in ast.walk(top)
+    }
+    for index, node in enumerate(ast.walk(tree)):
+        line = getattr(node, "lineno", 0)
+        if line not in lines or id(node) in in_assert:
+            continue
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            yield Mutant(file, line, index, f"swaps {type(node.ops[0]).__name__}")
+        elif isinstance(node, ast.If):
+            yield Mutant(file, line, index, "negates a condition")
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield Mutant(file, line, index, "drops a call")
+        elif isinstance(node, ast.AugAssign):
+            yield Mutant(file, line, index, "drops an update")
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            yield Mutant(file, line, index, "drops an assignment")
+
+
+def mutated(mutant: Mutant, source: str) -> str:
+    tree = ast.parse(source)
+    node = list(ast.walk(tree))[mutant.index]
+    if isinstance(node, ast.Compare):
+        node.ops[0] = SWAPS[type(node.ops[0])]()
+    elif isinstance(node, ast.If):
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+    else:
+        for parent in ast.walk(tree):
+            for field in ("body", "orelse"):
+                block = getattr(parent, field, None)
+                if isinstance(block, list) and node in block:
+                    block[block.index(node)] = ast.Pass()
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def draw(seed: int) -> list[Mutant]:
+    chance, lines = random.Random(seed), covered_lines()
+    chosen: list[Mutant] = []
+    rest: list[Mutant] = []
+    for file in FILES:
+        found = [item for item in candidates(file, lines[file]) if item.name not in EQUIVALENT]
+        chance.shuffle(found)
+        chosen += found[:PER_FILE]
+        rest += found[PER_FILE:]
+    chance.shuffle(rest)
+    return chosen + rest[: NUM_MUTANTS - len(chosen)]
+
+
+def catch(mutant: Mutant) -> str:
+    """How it was caught, or an empty string."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for package in ("controlplane", "gpuworkers"):
+            shutil.copytree(ROOT / package, scratch / package)
+        path = scratch / mutant.file
+        path.write_text(mutated(mutant, path.read_text()))
+        command = [sys.executable, "-m", "controlplane.sim", "swarm", "--until-failure"]
+        command += ["--seeds", str(SEEDS_MAX)]
+        try:
+            done = subprocess.run(
+                command, cwd=scratch, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "it never ends"
+    if done.returncode == 0:
+        return ""
+    return (done.stdout.splitlines() or done.stderr.splitlines() or ["no start"])[0][:120]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="planted bugs against the simulation")
+    parser.add_argument("--seed", type=int, default=20261124)
+    options = parser.parse_args()
+    mutants = draw(options.seed)
+    caught = 0
+    for mutant in mutants:
+        how = catch(mutant)
+        caught += bool(how)
+        print(f"{'caught  ' if how else 'SURVIVED'} {mutant.name}  {how}", flush=True)
+    print(f"mutants: caught={caught}/{len(mutants)}", flush=True)
+    return 0 if caught >= len(mutants) - 2 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
