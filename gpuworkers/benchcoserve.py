@@ -23,20 +23,34 @@ from gpuworkers import runner
 from gpuworkers.engine import Engine, EngineConfig
 
 SEED = 20261125
-RATE_PER_S = 0.6
-PROMPT_MEDIAN, OUTPUT_MEDIAN, SIGMA = 64, 16, 0.6  # lognormal tokens
-PROMPT_TOKENS, OUTPUT_TOKENS = (8, 256), (4, 64)  # both ends included
-BATCH_PROMPT_TOKENS, BATCH_OUTPUT_TOKENS = 48, 48
 BATCH_WAITING = 4  # sequences kept waiting, so that the backlog is never empty
 SLICE_S = 60.0
-WARM_S = 45.0  # of each arm before its first slice: the latency model learns
 LATE_S_MAX = 60.0  # after the end of a slice until its requests must have ended
 TTFT_FACTOR, ITL_FACTOR = 4.0, 3.0  # targets of a measured class (design.md section 11)
 TARGET_PREFILL_TOKENS, TARGET_ROWS, TARGET_CONTEXT_TOKENS = 256, 4, 64
-KV_TOKENS = 16_384
 MODEL_ID = "bench"
 RESAMPLES = 1000
 FIRST_TOKEN_SHARE = protocol.Policy().first_token_share
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Workload:
+    """Poisson arrivals of lognormal lengths, within both ends of a range, and batch beside them.
+    warm_s: of each arm before its first slice, for its latency model to learn."""
+
+    rate_per_s: float
+    prompt_median: int
+    output_median: int
+    sigma: float
+    prompt_tokens: tuple[int, int]
+    output_tokens: tuple[int, int]
+    batch_prompt_tokens: int
+    batch_output_tokens: int
+    kv_tokens: int
+    warm_s: float
+
+
+SMALL = Workload(0.6, 64, 16, 0.6, (8, 256), (4, 64), 48, 48, 16_384, 45.0)  # 135M on a CPU
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,19 +71,20 @@ class Figures:
     seconds: float = 0.0
 
 
-def make_arrivals(seconds: float, vocab_size: int, seed: int) -> list[Arrival]:
-    """Poisson arrivals; the same list for the same seed."""
+def make_arrivals(work: Workload, seconds: float, vocab_size: int, seed: int) -> list[Arrival]:
+    """The same list for the same seed."""
     rng = np.random.default_rng(seed)
 
     def length(median: int, bounds: tuple[int, int]) -> int:
-        return int(np.clip(round(median * np.exp(SIGMA * rng.standard_normal())), *bounds))
+        return int(np.clip(round(median * np.exp(work.sigma * rng.standard_normal())), *bounds))
 
-    arrivals, at_s = [], float(rng.exponential(1.0 / RATE_PER_S))
+    arrivals, at_s = [], float(rng.exponential(1.0 / work.rate_per_s))
     while at_s < seconds:
-        count = length(PROMPT_MEDIAN, PROMPT_TOKENS)
+        count = length(work.prompt_median, work.prompt_tokens)
         prompt_ids = rng.integers(100, vocab_size, count).tolist()
-        arrivals.append(Arrival(at_s, prompt_ids, length(OUTPUT_MEDIAN, OUTPUT_TOKENS)))
-        at_s += float(rng.exponential(1.0 / RATE_PER_S))
+        output_tokens = length(work.output_median, work.output_tokens)
+        arrivals.append(Arrival(at_s, prompt_ids, output_tokens))
+        at_s += float(rng.exponential(1.0 / work.rate_per_s))
     return arrivals
 
 
@@ -83,18 +98,20 @@ class Arm:
         seed_model: protocol.StepModel,
         targets: protocol.ClassTargets,
         policy: protocol.Policy,
+        work: Workload,
         has_batch: bool,
     ) -> None:
         self.figures = Figures()
+        self.model = LatencyModel(seed_model)
+        self._work = work
         self._runner, self._facts = loaded, facts
         self._targets, self._policy, self._has_batch = targets, policy, has_batch
-        self._model = LatencyModel(seed_model)
         self._rng = np.random.default_rng(SEED)
         self._num_batch = 0
 
     def run(self, arrivals: list[Arrival], seconds: float) -> Figures:
         """A fresh engine serves the arrivals. Batch counts until `seconds`, then stops."""
-        engine = Engine(self._runner, EngineConfig(self._policy), self._model, self._facts, "mixed")
+        engine = Engine(self._runner, EngineConfig(self._policy), self.model, self._facts, "mixed")
         figures, due = Figures(seconds=seconds), list(reversed(arrivals))
         last_at_s: dict[str, float] = {}
         started_at_s = time.perf_counter()
@@ -123,8 +140,9 @@ class Arm:
     def _top_up(self, engine: Engine, now_s: float) -> None:
         while engine.load(0.0).waiting_batch < BATCH_WAITING:
             self._num_batch += 1
-            ids = self._rng.integers(100, self._facts.vocab_size, BATCH_PROMPT_TOKENS).tolist()
-            arrival = Arrival(now_s, ids, BATCH_OUTPUT_TOKENS)
+            count = self._work.batch_prompt_tokens
+            ids = self._rng.integers(100, self._facts.vocab_size, count).tolist()
+            arrival = Arrival(now_s, ids, self._work.batch_output_tokens)
             batch = protocol.ClassTargets("batch", 1, 3600.0, 3600.0, is_batch=True)
             self._assign(engine, f"batch-{self._num_batch}", arrival, batch, now_s)
 
@@ -188,6 +206,7 @@ def summary(figures: Figures, itl_s: float) -> dict[str, object]:
         "requests": len(ttfts_ms),
         "ttft_ms_p50": float(np.quantile(ttfts_ms, 0.5)),
         "ttft_ms_p90": quantile_with_interval(ttfts_ms, 0.9),
+        "ttft_ms_p95": quantile_with_interval(ttfts_ms, 0.95),
         "ttft_ms_p99": quantile_with_interval(ttfts_ms, 0.99),
         "itl_ms_p50": float(np.quantile(gaps_ms, 0.5)),
         "itl_ms_p99": quantile_with_interval(gaps_ms, 0.99),
@@ -197,11 +216,24 @@ def summary(figures: Figures, itl_s: float) -> dict[str, object]:
     }
 
 
+def take_turns(arms: dict[str, Arm], work: Workload, vocab_size: int, num_slices: int) -> None:
+    """Warms every arm, then runs the slices, each time with another arm first."""
+    for name, arm in arms.items():
+        arm.run(make_arrivals(work, work.warm_s, vocab_size, SEED), work.warm_s)
+        print(f"{name} is warm", file=sys.stderr, flush=True)
+    names = list(arms)
+    for index in range(num_slices):
+        arrivals = make_arrivals(work, SLICE_S, vocab_size, SEED + 1 + index)
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            add(arms[name].figures, arms[name].run(arrivals, SLICE_S))
+        print(f"slice {index + 1} of {num_slices}", file=sys.stderr, flush=True)
+
+
 def measure(folder: Path, seconds: float, kappa: float) -> dict[str, object]:
     """All figures; kappa 0 is that of the shipped table. Raises SlackwaterError for a folder that
     cannot be served."""
-    loaded, facts, device, model = runner.load(folder, MODEL_ID, "auto", "exact", KV_TOKENS)
-    seed_model = model.coefficients()
+    loaded, facts, device, model = runner.load(folder, MODEL_ID, "auto", "exact", SMALL.kv_tokens)
     prefill = StepFeatures().with_tokens(0, TARGET_PREFILL_TOKENS)
     decode = StepFeatures().with_decodes(TARGET_ROWS, TARGET_ROWS * TARGET_CONTEXT_TOKENS)
     ttft_s, itl_s = TTFT_FACTOR * model.predict_s(prefill), ITL_FACTOR * model.predict_s(decode)
@@ -210,23 +242,15 @@ def measure(folder: Path, seconds: float, kappa: float) -> dict[str, object]:
 
     def arm(kappa: float, has_batch: bool, share: float = FIRST_TOKEN_SHARE) -> Arm:
         policy = protocol.Policy.for_targets(ttft_s, itl_s, kappa, first_token_share=share)
-        return Arm(loaded, facts, seed_model, targets, policy, has_batch)
+        return Arm(loaded, facts, model.coefficients(), targets, policy, SMALL, has_batch)
 
     arms = {
         "online": arm(kappa, has_batch=False),
         "kappa": arm(kappa, has_batch=True),
         "full": arm(1.0, has_batch=True, share=1.0),
     }
-    for name, one in arms.items():
-        one.run(make_arrivals(WARM_S, facts.vocab_size, SEED), WARM_S)
-        print(f"{name} is warm", file=sys.stderr, flush=True)
     num_slices = max(1, round(seconds / SLICE_S))
-    for index in range(num_slices):
-        arrivals = make_arrivals(SLICE_S, facts.vocab_size, SEED + 1 + index)
-        names = list(arms)
-        for name in names[index % 3 :] + names[: index % 3]:
-            add(arms[name].figures, arms[name].run(arrivals, SLICE_S))
-        print(f"slice {index + 1} of {num_slices}", file=sys.stderr, flush=True)
+    take_turns(arms, SMALL, facts.vocab_size, num_slices)
     rows = {name: summary(one.figures, itl_s) for name, one in arms.items()}
 
     def p90(name: str) -> float:

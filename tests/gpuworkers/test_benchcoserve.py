@@ -4,14 +4,20 @@ import pytest
 
 from controlplane import protocol
 from gpuworkers import benchcoserve, runner
-from gpuworkers.benchcoserve import Arm, Arrival, make_arrivals, quantile_with_interval
+from gpuworkers.benchcoserve import (
+    SMALL,
+    Arm,
+    Arrival,
+    make_arrivals,
+    quantile_with_interval,
+)
 from tests.gpuworkers import tinyllama
 
 TARGETS = protocol.ClassTargets("bench", 0, ttft_s_left=30.0, itl_s=10.0)
 
 
 def test_arrivals_are_the_same_for_the_same_seed_and_keep_their_bounds():
-    first, again, other = (make_arrivals(300.0, 512, seed) for seed in (1, 1, 2))
+    first, again, other = (make_arrivals(SMALL, 300.0, 512, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert 120 < len(first) < 240  # 0.6 each second
     assert all(8 <= len(a.prompt_ids) <= 256 and 4 <= a.output_tokens <= 64 for a in first)
@@ -24,7 +30,7 @@ def test_an_arm_counts_every_online_token_once_and_batch_until_its_end(tmp_path,
         tinyllama.write_tiny(tmp_path), benchcoserve.MODEL_ID, "fp32", "exact", 2048
     )
     policy = protocol.Policy.for_targets(30.0, 10.0, 0.8)
-    arm = Arm(loaded, facts, model.coefficients(), TARGETS, policy, has_batch)
+    arm = Arm(loaded, facts, model.coefficients(), TARGETS, policy, SMALL, has_batch)
     arrivals = [Arrival(0.0, list(range(100, 140)), 5), Arrival(0.1, list(range(100, 120)), 3)]
     figures = arm.run(arrivals, seconds=0.5)
     assert (len(figures.ttfts_s), len(figures.gaps_s)) == (2, 4 + 2)
