@@ -1,4 +1,9 @@
-"""The table of kappas that ships: measured by a sweep, looked up by a class's targets."""
+"""The table of kappas that ships, looked up by a class's targets.
+
+Rows of a GPU's targets come from a sweep of the simulated worker (`bench coserve --sweep`), their
+harvest is beside the reference; that of a CPU's from `bench coserve --engine cpu`, 600 s an arm, its
+harvest is beside the arm with kappa 1.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +31,10 @@ def load(path: Path = PATH) -> list[KappaRow]:
 
 
 def write(rows: list[KappaRow], path: Path = PATH) -> None:
+    """Replaces the rows of the same targets, keeps the others."""
+    fresh = {(row.ttft_s, row.itl_s) for row in rows}
+    kept = [row for row in load(path) if (row.ttft_s, row.itl_s) not in fresh]
+    rows = [*rows, *kept]
     path.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
 
 

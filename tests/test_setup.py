@@ -47,7 +47,7 @@ def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_make_alone_lists_every_target(checkout):
     lines = make(checkout).stdout.splitlines()
     targets = [line.split()[1] for line in lines]
-    expected = "help setup demo demo-info test test-all sim-test lint clean clean-demo"
+    expected = "help setup demo demo-info test test-all sim-test sim-mutants lint clean clean-demo"
     assert " ".join(targets) == expected
 
 

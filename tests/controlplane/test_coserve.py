@@ -100,10 +100,15 @@ def test_the_fixed_chunk_is_tuned_on_misses_first():
 def test_the_shipped_kappas_are_measured_and_found_by_the_nearest_targets():
     rows = kappas.load()
     for row in rows:
-        assert 0.3 <= row.kappa <= 1.0 and row.harvest >= 0.94
-        assert row.ttft_p99_inflation <= 0.05 and row.itl_miss <= 0.001
+        assert 0.3 <= row.kappa <= 1.0
+        if row.ttft_s == 0.5:  # a GPU's, from the sweep
+            assert row.harvest >= 0.94
+            assert row.ttft_p99_inflation <= 0.05 and row.itl_miss <= 0.001
+        else:  # a CPU's, beside kappa 1
+            assert row.harvest >= 0.80 and row.itl_miss <= 0.01
         assert kappas.kappa_for(rows, row.ttft_s, row.itl_s) == row.kappa
-    assert kappas.kappa_for(rows, 0.5, 0.2) == kappas.kappa_for(rows, 0.5, 0.05)
+    assert kappas.kappa_for(rows, 0.5, 0.08) == kappas.kappa_for(rows, 0.5, 0.05)
+    assert kappas.kappa_for(rows, 2.0, 0.15) == kappas.kappa_for(rows, 1.5, 0.1)
 
 
 def test_a_sweep_chooses_most_harvest_within_the_limits(tmp_path):
@@ -115,8 +120,13 @@ def test_a_sweep_chooses_most_harvest_within_the_limits(tmp_path):
     assert kappas.choose(rows)["kappa"] == 0.7
     assert kappas.choose(rows[2:3] + [row(1, 0.99, 0.2)])["kappa"] == 0.8
     kept = [kappas.KappaRow(0.5, 0.03, **kappas.choose(rows))]
-    kappas.write(kept, tmp_path / "kappa.json")
-    assert kappas.load(tmp_path / "kappa.json") == kept
+    path = tmp_path / "kappa.json"
+    other = kappas.KappaRow(1.5, 0.1, **kappas.choose(rows))
+    path.write_bytes(kappas.PATH.read_bytes())
+    kappas.write([other], path)
+    kappas.write(kept, path)
+    assert kappas.load(path)[:2] == [*kept, other]
+    assert len(kappas.load(path)) == len(kappas.load())
 
 
 # --- coverage of the latency model
