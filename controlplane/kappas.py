@@ -1,7 +1,7 @@
 """The table of kappas that ships, looked up by a class's targets.
 
 Rows of a GPU's targets come from a sweep of the simulated worker (`bench coserve --sweep`), their
-harvest is beside the reference; that of a CPU's targets from `bench coserve --engine cpu` with 600 s
+harvest is beside the reference; that of a CPU from `bench coserve --engine cpu`, 600 s
 an arm, its harvest is beside the arm with kappa 1.
 """
 
