@@ -52,6 +52,7 @@ def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any, Any]]:
     by name, so that a modelled worker does not load torch."""
     engines = []
     for _ in range(worker.count):
+        settings = EngineConfig()
         if worker.engine == "fake":
             fake = importlib.import_module("gpuworkers.fake")
             parts = fake.load(worker.profile, worker.model_id, worker.kv_tokens)
@@ -72,8 +73,9 @@ def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any, Any]]:
             parts, device_load = cudarunner.load(
                 worker.model_dir, worker.model_id, worker.device, worker.kv_tokens
             )
+            settings = EngineConfig(host_blocks_ratio=cudarunner.HOST_BLOCKS_RATIO)
         model_runner, model, device, step_model = parts
-        engine = Engine(model_runner, EngineConfig(), step_model, model, worker.role)
+        engine = Engine(model_runner, settings, step_model, model, worker.role)
         engines.append((engine, device, device_load))
     return engines
 

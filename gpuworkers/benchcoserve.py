@@ -20,7 +20,7 @@ from controlplane import kappas, protocol
 from controlplane.errors import SlackwaterError
 from controlplane.latency import LatencyModel, StepFeatures
 from gpuworkers import runner
-from gpuworkers.engine import Engine, EngineConfig
+from gpuworkers.engine import HOST_BLOCKS_RATIO, Engine, EngineConfig
 
 SEED = 20261125
 BATCH_WAITING = 4  # sequences kept waiting, so that the backlog is never empty
@@ -100,18 +100,20 @@ class Arm:
         policy: protocol.Policy,
         work: Workload,
         has_batch: bool,
+        host_blocks_ratio: float = HOST_BLOCKS_RATIO,
     ) -> None:
         self.figures = Figures()
         self.model = LatencyModel(seed_model)
         self._work = work
+        self._config = EngineConfig(policy, host_blocks_ratio=host_blocks_ratio)
         self._runner, self._facts = loaded, facts
-        self._targets, self._policy, self._has_batch = targets, policy, has_batch
+        self._targets, self._has_batch = targets, has_batch
         self._rng = np.random.default_rng(SEED)
         self._num_batch = 0
 
     def run(self, arrivals: list[Arrival], seconds: float) -> Figures:
         """A fresh engine serves the arrivals. Batch counts until `seconds`, then stops."""
-        engine = Engine(self._runner, EngineConfig(self._policy), self.model, self._facts, "mixed")
+        engine = Engine(self._runner, self._config, self.model, self._facts, "mixed")
         figures, due = Figures(seconds=seconds), list(reversed(arrivals))
         last_at_s: dict[str, float] = {}
         started_at_s = time.perf_counter()

@@ -19,6 +19,9 @@ CALIBRATION_STEPS: Shapes = (
     (1, 0, 256), (1, 0, 512), (1, 0, 1024), (1, 1024, 1024), (1, 0, 4096),
 )  # fmt: skip
 CALIBRATION_REPEATS = 3
+# No host tier: the engine would wait for the copy of every full batch block, which cost five sixths
+# of the batch tokens on an H200. A preempted batch row is computed again.
+HOST_BLOCKS_RATIO = 0.0
 
 Parts = tuple[TorchRunner, protocol.ModelFacts, protocol.DeviceFacts, LatencyModel]
 

@@ -21,7 +21,7 @@ from gpuworkers.runner import calibrate
 
 DEVICE = "cuda:0"
 # As the simulated worker of `bench coserve`: Azure's conversations and 1,000/250 batch rows.
-LARGE = Workload(3.0, 1020, 129, 0.8, (16, 16_384), (2, 2048), 1000, 250, 600_000, 40.0)
+LARGE = Workload(3.0, 1020, 129, 0.8, (16, 16_384), (2, 2048), 1000, 250, 600_000, 20.0)
 TTFT_S, ITL_S = 0.5, 0.05
 ROWS_MAX, TOKENS_MAX = 256, 8192  # batch rows; tokens of a step and of a chunk
 OUTPUT_WORK = 2.2  # an output token in prompt tokens, 8B at 1k context: algorithms.md 2g
@@ -51,8 +51,9 @@ def measure(num_slices: int) -> dict[str, object]:
         chunk_tokens_max=TOKENS_MAX,
         step_tokens_max=TOKENS_MAX,
     )
+    ratio = cudarunner.HOST_BLOCKS_RATIO
     arms = {
-        name: Arm(runner, facts, seed_model, targets, policy, LARGE, name == "batch")
+        name: Arm(runner, facts, seed_model, targets, policy, LARGE, name == "batch", ratio)
         for name in ("online", "batch")
     }
     take_turns(arms, LARGE, LLAMA_8B.vocab_size, num_slices)
