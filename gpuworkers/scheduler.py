@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from controlplane.latency import CONTEXT_TILE, HINGE_ROWS, LatencyModel, StepFeatures
-from controlplane.protocol import Policy
+from controlplane.protocol import IDLE_TTFT_SHARE, Policy
 from gpuworkers.sequence import Sequence
 
 CHUNK_TOKENS_MIN = 16  # also the rounding of a chunk
@@ -98,7 +98,10 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     slack_s = _slack_s(now_s, decoding, floor_s, pace_s)
     online_target_s = min(slack_s, pace_s) - model.host_s
     if state.prefilling and not decoding:  # no token is due: longer chunks are cheaper
-        ttft_s = min(sequence.targets.ttft_s_left for sequence in state.prefilling)
+        left_s = [sequence.targets.ttft_s_left for sequence in state.prefilling]
+        # Those given up on have none left; they must not make the chunks of all shorter.
+        usual_s = policy.tau_idle_s / IDLE_TTFT_SHARE
+        ttft_s = min((left for left in left_s if left > 0.0), default=usual_s)
         online_target_s = max(itl_s, policy.tau_idle_s, ALONE_TTFT_SHARE * ttft_s)
     if floor_s > FULL_SHARE * online_target_s:
         due_s = now_s + SKIP_TARGETS * online_target_s

@@ -99,6 +99,15 @@ def test_a_device_too_slow_for_its_target_still_prefills_beside_decodes():
     assert [row.sequence.request_id for row in result.rows] == ["d", "p"]
 
 
+def test_prompts_given_up_on_get_chunks_as_long_as_those_in_time():
+    given_up = ClassTargets("interactive", 0, 0.0, 0.1)
+    alone = planned(SchedulerState((), (sequence("late", 800, 0, targets=given_up),)))
+    assert alone.online_target_s == pytest.approx(0.25 * Policy().tau_idle_s / 0.05)
+    in_time = sequence("p", 800, 0, targets=ClassTargets("interactive", 0, 2.0, 0.1))
+    late = sequence("late", 800, 0, targets=given_up)
+    assert planned(SchedulerState((), (in_time, late))).online_target_s == pytest.approx(0.5)
+
+
 def test_batch_fills_only_kappa_of_the_target():
     batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
     result = planned(SchedulerState((decode("d"),), batch_decoding=batch), Policy(kappa=0.5))
