@@ -47,6 +47,13 @@ class Tracked:
     def tier(self) -> Tier:
         return "surplus" if self.demotion else "guaranteed"
 
+    @property
+    def worker_tier(self) -> Tier:
+        """What its worker is told. One that is only predicted to be late keeps its deadline there:
+        the worker orders by time left, and often proves the prediction wrong."""
+        is_late = self.demotion is not None and self.demotion.code == "late"
+        return "guaranteed" if is_late else self.tier
+
     def enter_phase(self, phase: Phase, now_s: float) -> None:
         self.phase, self.phase_at_s = phase, now_s
 

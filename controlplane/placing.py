@@ -228,7 +228,9 @@ class Placer:
         if placement.split == "local":
             self.reserve(decode, tracked, "full", uncached)
             self._commands.append(
-                domain.Dispatch(decode.worker_id, request_id, epoch, "full", tier=tracked.tier)
+                domain.Dispatch(
+                    decode.worker_id, request_id, epoch, "full", tier=tracked.worker_tier
+                )
             )
             return
         prefill = self._registry.workers[placement.prefill_worker]
@@ -245,7 +247,7 @@ class Placer:
                 epoch,
                 "prefill",
                 handoff_out=protocol.HandoffOut(shown),
-                tier=tracked.tier,
+                tier=tracked.worker_tier,
             ),
             domain.Dispatch(
                 decode.worker_id,
@@ -253,7 +255,7 @@ class Placer:
                 epoch,
                 "decode",
                 handoff_in=protocol.HandoffIn(address, shown, timeout_s),
-                tier=tracked.tier,
+                tier=tracked.worker_tier,
             ),
         ]
 

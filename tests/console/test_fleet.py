@@ -378,16 +378,22 @@ def test_drain_refuses_new_requests():
     assert decided.outcome.code == "draining"
 
 
-def test_surplus_request_reaches_its_worker_behind_all_that_may_be_in_time():
+def test_request_above_its_rate_reaches_its_worker_behind_all_that_may_be_in_time():
+    """One that is only predicted to be late keeps its deadline at the worker."""
     rig = Rig()
     link = rig.join("c1")
-    strict = domain.SLOClass("interactive", 0, ttft_s_p99=0.01, itl_s_p99=0.2)
+    model_id = make_request().model_id
+    contract = domain.Contract("acme", model_id, "interactive", 1, 6_000, 10)
+    rig.fleet.handle(domain.ContractsSet((contract,)))
+    for name in ("within", "above"):
+        rig.submit(name, prompt_tokens=32, output_tokens_max=8)
+    strict = domain.SLOClass("strict", 0, ttft_s_p99=0.01, itl_s_p99=0.2)
     rig.submit("late", slo=strict)
-    rig.submit("timely")
     assigned = [item for item in link.sent if isinstance(item, protocol.Assign)]
     assert {item.request_id: item.targets.ttft_s_left for item in assigned} == {
-        "late": 0.0,
-        "timely": 4.0,
+        "within": 4.0,
+        "above": 0.0,
+        "late": 4.0,
     }
 
 
