@@ -9,6 +9,7 @@ level is corrected online (ACI, arXiv:2106.00170), and Page's test (1954) for dr
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, isfinite, log
 from typing import Literal
@@ -198,6 +199,21 @@ class Audit(msgspec.Struct):
     misses: int = 0  # measured above the p99 that was predicted
     error: float = 0.0  # sum of |measured / mean prediction - 1|
     over: float = 0.0  # sum of p99 / measured - 1
+
+
+def audit_figures(audits: Mapping[Bucket, Audit]) -> dict[str, dict[str, float]]:
+    """By bucket that has steps: their number, mean error, share within the predicted p99, and mean
+    over-prediction of that p99."""
+    return {
+        bucket: {
+            "steps": audit.steps,
+            "mape": audit.error / audit.steps,
+            "coverage": 1.0 - audit.misses / audit.steps,
+            "over_prediction": audit.over / audit.steps,
+        }
+        for bucket, audit in audits.items()
+        if audit.steps
+    }
 
 
 class SavedModel(msgspec.Struct):

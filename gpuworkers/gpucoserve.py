@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from controlplane import kappas, protocol
-from controlplane.latency import LatencyModel
+from controlplane.latency import audit_figures
 from gpuworkers import benchcoserve, cudarunner, gpumodel
 from gpuworkers.aheadrunner import AheadRunner
 from gpuworkers.benchcoserve import Arm, Workload, summary, take_turns
@@ -64,22 +64,8 @@ def measure(num_slices: int) -> dict[str, object]:
         "batch_work_per_s": (prompt_tokens + OUTPUT_WORK * batch.batch_output_tokens)
         / batch.seconds,
         "arms": {name: summary(arm.figures, ITL_S) for name, arm in arms.items()},
-        "latency": {name: audit(arm.model) for name, arm in arms.items()},
+        "latency": {name: audit_figures(arm.model.audits) for name, arm in arms.items()},
         "device": torch.cuda.get_device_name(DEVICE),
-    }
-
-
-def audit(model: LatencyModel) -> dict[str, object]:
-    """By bucket: steps, mean error, share of steps within the predicted p99, over-prediction."""
-    return {
-        name: {
-            "steps": bucket.steps,
-            "error": bucket.error / bucket.steps,
-            "coverage": 1.0 - bucket.misses / bucket.steps,
-            "over": bucket.over / bucket.steps,
-        }
-        for name, bucket in model.audits.items()
-        if bucket.steps
     }
 
 

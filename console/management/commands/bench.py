@@ -106,8 +106,7 @@ class Command(BaseCommand):
         if done.stdout:
             self.stdout.write(done.stdout.rstrip("\n"))
         elif is_json:
-            reason = f"kernels.bench ended with {done.returncode} and no answer"
-            self.stdout.write(json.dumps({"error": reason}))
+            self.fail(f"kernels.bench ended with {done.returncode} and no answer")
         if done.returncode != 0:
             sys.exit(1)
 
@@ -121,12 +120,8 @@ class Command(BaseCommand):
             arguments += [f"--{name}", str(value)]
         if options["sweep"]:
             arguments.append("--sweep")
-        try:
-            answer = simulate(arguments)
-        except SimFailed as error:
-            self.fail(str(error))
-        if options["json"]:
-            self.stdout.write(json.dumps(answer))
+        answer = self.simulated(arguments, options["json"])
+        if answer is None:
             return
         for name in TOP:
             if name in answer:
@@ -146,15 +141,19 @@ class Command(BaseCommand):
         arguments = ["router"]
         for name in ("blocks", "repeats"):
             arguments += [f"--{name}", str(options[name])]
+        for name, value in (self.simulated(arguments, options["json"]) or {}).items():
+            self.stdout.write(f"{name:28} {value}")
+
+    def simulated(self, arguments: list[str], is_json: bool) -> dict[str, Any] | None:
+        """The simulator's answer; None after it was printed as JSON."""
         try:
             answer = simulate(arguments)
         except SimFailed as error:
             self.fail(str(error))
-        if options["json"]:
-            self.stdout.write(json.dumps(answer))
-            return
-        for name, value in answer.items():
-            self.stdout.write(f"{name:28} {value}")
+        if not is_json:
+            return answer
+        self.stdout.write(json.dumps(answer))
+        return None
 
 
 def _figures(value: Any) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from console.simprocess import SimFailed, simulate
-from controlplane.latency import SavedModel, read_saved
+from controlplane.latency import SavedModel, audit_figures, read_saved
 
 FIGURES = ("steps", "mape", "coverage", "over_prediction")
 
@@ -64,16 +64,7 @@ def read(path: Path) -> SavedModel:
 
 def saved_figures(saved: SavedModel) -> dict[str, Any]:
     """The figures that a worker has gathered about its own predictions."""
-    rows = {
-        bucket: {
-            "steps": audit.steps,
-            "mape": audit.error / audit.steps,
-            "coverage": 1.0 - audit.misses / audit.steps,
-            "over_prediction": audit.over / audit.steps,
-        }
-        for bucket, audit in saved.audits.items()
-        if audit.steps
-    }
+    rows = audit_figures(saved.audits)
     steps = max(1, sum(row["steps"] for row in rows.values()))
     total = {
         name: sum(row[name] * row["steps"] for row in rows.values()) / steps for name in FIGURES[1:]
