@@ -190,29 +190,30 @@ class HandoffServer:
                     kv, lease.digest, lease.num_blocks, lease.tokens, outlet.carrier
                 )
             )
-            num_sent = 0
-            while not lease.has_left:
-                async with asyncio.timeout(READY_S_MAX):
-                    await lease.until(lambda: lease.has_piece)
-                async with asyncio.timeout(SEND_S_MAX), self._sending:
-                    num_sent = await self._send_final(lease, outlet, writer, num_sent, blocks_max)
             try:
+                while not lease.has_left:
+                    async with asyncio.timeout(READY_S_MAX):
+                        await lease.until(lambda: lease.has_piece)
+                    async with asyncio.timeout(SEND_S_MAX), self._sending:
+                        await self._send_final(lease, outlet, writer, blocks_max)
                 async with asyncio.timeout(READY_S_MAX):
                     await lease.until(lambda: bool(lease.first_ids))
             except HandoffError:
-                writer.write(handoffwire.pack_trailer(lease.digest, 0.0, []))
+                if lease.has_left:  # the peer waits for the trailer, confirmed or not
+                    writer.write(handoffwire.pack_trailer(lease.digest, 0.0, []))
                 raise
             async with asyncio.timeout(SEND_S_MAX):
                 after_s = asyncio.get_running_loop().time() - lease.ready_at_s
                 writer.write(handoffwire.pack_trailer(lease.digest, after_s, lease.first_ids))
                 await writer.drain()
-                await lease.until(lambda: lease.num_acks > num_sent)
+                await lease.until(lambda: lease.num_acks > lease.num_sent)
         finally:
             outlet.close()
         lags_s = [d.left_at_s - d.final_at_s for d in self.departures if d.key == lease.key]
         logger.info(
             "handoff sent request=%s epoch=%d carrier=%s pieces=%d lag_ms_max=%.1f after_ms=%.1f",
-            *lease.key, outlet.carrier, num_sent, 1e3 * max(lags_s, default=0.0), 1e3 * after_s,
+            *lease.key, outlet.carrier, lease.num_sent, 1e3 * max(lags_s, default=0.0),
+            1e3 * after_s,
         )  # fmt: skip
 
     async def _send_final(
@@ -220,26 +221,26 @@ class HandoffServer:
         lease: Lease,
         outlet: handoffcarrier.Outlet,
         writer: asyncio.StreamWriter,
-        num_sent: int,
         blocks_max: int,
-    ) -> int:
-        """Sends what is final until nothing is left of it and all is confirmed; returns the number
-        of pieces sent so far."""
+    ) -> None:
+        """Sends what is final until nothing is left of it and all is confirmed."""
 
         def may_send() -> bool:
-            return lease.has_piece and num_sent - lease.num_acks < handoffwire.PIECES_AHEAD_MAX
+            ahead = lease.num_sent - lease.num_acks
+            return lease.has_piece and ahead < handoffwire.PIECES_AHEAD_MAX
 
         def is_done() -> bool:
-            return not lease.has_piece and lease.num_acks == num_sent
+            return not lease.has_piece and lease.num_acks == lease.num_sent
 
         while True:
             await lease.until(lambda: may_send() or is_done())
             if is_done():
-                return num_sent
+                return
             piece, final_at_s = lease.take(blocks_max)
             data = self._kv.read(piece.layer, lease.block_ids[piece.first : piece.end])
-            outlet.put(num_sent, handoffwire.pack_piece(lease.digest, num_sent, piece, data), data)
-            num_sent += 1
+            head = handoffwire.pack_piece(lease.digest, lease.num_sent, piece, data)
+            outlet.put(lease.num_sent, head, data)
+            lease.num_sent += 1
             await writer.drain()
             left_at_s = asyncio.get_running_loop().time()
             self.departures.append(

@@ -35,6 +35,7 @@ class Lease:
     block_ids: list[int] = field(default_factory=list)
     first_ids: list[int] = field(default_factory=list)
     ready_at_s: float = 0.0  # the prompt is computed
+    num_sent: int = 0  # pieces
     num_acks: int = 0
     is_taken: bool = False
     is_over: bool = False
