@@ -223,6 +223,9 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
 
 
 IDLE_TTFT_SHARE = 0.05  # design.md section 11
+# With nobody decoding, a step may delay an arrival by this much of its TTFT: workers plan with it,
+# and the router predicts with it.
+ALONE_TTFT_SHARE = 0.25
 
 
 class Policy(msgspec.Struct, frozen=True):

@@ -50,6 +50,7 @@ class Pace:
     token_s: float  # of one more prompt token in a large step
     chunk_context_s: float
     beside: StepFeatures  # the decode step of the online sequences placed on it
+    is_decoding: bool  # online rows, ours or those it reports
     beside_s: float
     row_s: float  # one more decode row, without its context
     blocks_free: int  # for an online sequence
@@ -111,6 +112,7 @@ class Worker:
             token_s=prompt_token_s(model),
             chunk_context_s=prompt_context_token_s(model),
             beside=beside,
+            is_decoding=beside.rows > 0 or (self.load is not None and self.load.running_online > 0),
             beside_s=step_s(model, beside),
             row_s=row_s,
             blocks_free=self.blocks_free(False),

@@ -12,7 +12,7 @@ from heapq import nlargest
 from controlplane.config import ControlPlaneConfig
 from controlplane.failover import Tracked
 from controlplane.registry import Worker
-from controlplane.scorers import prefill_s
+from controlplane.scorers import prefill_s, prompt_step_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ def _at(
     found, ahead = [], -done
     for held in prompts:
         item = tracked[held.request_id]
-        itl_s = item.request.slo.itl_s_p99
-        wait_s = prefill_s(pace, 0, ahead, itl_s) if ahead > 0 else 0.0
+        chunk_step_s = prompt_step_s(pace, item.request.slo)
+        wait_s = prefill_s(pace, 0, ahead, chunk_step_s) if ahead > 0 else 0.0
         ahead += held.prefill_tokens
         if wait_s < config.replace_s_min or item.num_replaced >= config.replaces_max:
             continue
         if item.phase != "prefill" or item.has_first_token:
             continue
-        own_s = prefill_s(pace, 0, held.prefill_tokens, itl_s)
+        own_s = prefill_s(pace, 0, held.prefill_tokens, chunk_step_s)
         found.append(Waiting(item, worker.worker_id, wait_s, wait_s + own_s))
     return found

@@ -9,9 +9,10 @@ from math import ceil
 
 from controlplane.calibration import Bucket, bucket_of
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import Candidate, GenerateRequest
+from controlplane.domain import Candidate, GenerateRequest, SLOClass
 from controlplane.latency import CONTEXT_TILE
 from controlplane.prefixes import Hit
+from controlplane.protocol import ALONE_TTFT_SHARE
 from controlplane.registry import Pace, Worker
 
 TTFT_WEIGHT = 0.7  # start value: TTFT differs more between workers than a step does
@@ -50,15 +51,22 @@ def blocks_needed(worker: Worker, request: GenerateRequest, output_tokens: int) 
     return -(-tokens // worker.hello.block_tokens)
 
 
-def prefill_s(pace: Pace, start: int, tokens: int, itl_s: float) -> float:
+def prompt_step_s(pace: Pace, slo: SLOClass) -> float:
+    """How long a step with a chunk of this class may last, as the worker's scheduler plans it."""
+    if pace.is_decoding:
+        return slo.itl_s_p99
+    return max(slo.itl_s_p99, ALONE_TTFT_SHARE * slo.ttft_s_p99)
+
+
+def prefill_s(pace: Pace, start: int, tokens: int, chunk_step_s: float) -> float:
     """Seconds to compute prompt tokens [start, start + tokens) in chunks beside its decode rows.
 
-    Each step may last `itl_s`; what the decode rows (or an empty step's base) take of it is paid
-    once per chunk. Source: algorithms.md 2d, F_local = W + u·g·theta / (theta - A_dec).
+    Each step may last `chunk_step_s`; what the decode rows (or an empty step's base) take of it is
+    paid once per chunk. Source: algorithms.md 2d, F_local = W + u·g·theta / (theta - A_dec).
     """
     work_s = prompt_work_s(pace, start, tokens)
     fixed_s = max(pace.model.base_s, pace.beside_s)
-    room_s = max(itl_s - fixed_s, ROOM_SHARE_MIN * itl_s, ROOM_S_MIN)
+    room_s = max(chunk_step_s - fixed_s, ROOM_SHARE_MIN * chunk_step_s, ROOM_S_MIN)
     return max(1, ceil(work_s / room_s)) * fixed_s + work_s
 
 
@@ -134,7 +142,7 @@ def measure(
     queue_s = _wait_s(worker, pace, ask)
     uncached = request.prompt_tokens - cached
     restore_s = config.restore_share * pace.token_s * restored
-    own_s = prefill_s(pace, cached, uncached, itl_target_s) + restore_s
+    own_s = prefill_s(pace, cached, uncached, prompt_step_s(pace, request.slo)) + restore_s
     added_s = pace.row_s + pace.model.per_context_token_s * (request.prompt_tokens + 1)
     itl_s = (pace.beside_s or pace.model.base_s) + added_s
     output = 1 if is_prefill else request.output_tokens_max
@@ -170,13 +178,13 @@ def _wait_s(worker: Worker, pace: Pace, ask: Ask) -> float:
     """Until the prompt starts: prompts given before it, less what the step in hand has done of
     them, or else the rest of that step."""
     load = worker.load
-    itl_s = ask.request.slo.itl_s_p99
+    chunk_step_s = prompt_step_s(pace, ask.request.slo)
     ahead = pace.ahead_tokens_all if ask.is_surplus else pace.ahead_tokens
     reported = min(ahead, load.prefill_tokens_waiting) if load else 0
-    wait_s = prefill_s(pace, 0, ahead, itl_s) if ahead else 0.0
+    wait_s = prefill_s(pace, 0, ahead, chunk_step_s) if ahead else 0.0
     in_step_s = worker.busy_s + max(0.0, ask.now_s - worker.heard_at_s)
     if reported:
-        done_s = wait_s if reported == ahead else prefill_s(pace, 0, reported, itl_s)
+        done_s = wait_s if reported == ahead else prefill_s(pace, 0, reported, chunk_step_s)
         wait_s = max(0.0, wait_s - min(in_step_s, done_s))
     elif load and load.running_online + load.running_batch + load.waiting_batch:
         wait_s += max(0.0, load.predicted_s - in_step_s)

@@ -14,13 +14,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from controlplane.latency import CONTEXT_TILE, HINGE_ROWS, LatencyModel, StepFeatures
-from controlplane.protocol import IDLE_TTFT_SHARE, Policy
+from controlplane.protocol import ALONE_TTFT_SHARE, IDLE_TTFT_SHARE, Policy
 from gpuworkers.sequence import Sequence
 
 CHUNK_TOKENS_MIN = 16  # also the rounding of a chunk
-ALONE_TTFT_SHARE = (
-    0.25  # with nobody decoding, a step may delay an arrival by this much of its TTFT
-)
 FULL_SHARE = 0.8  # decodes that fill this much of the online target let loose rows skip a step
 SKIP_TARGETS = 2.0  # a row may skip when its token is due no sooner than this many targets
 RISK_SHARE = 0.2  # of the TTFT target: laxity from which a prompt goes first

@@ -9,11 +9,20 @@ from hypothesis import strategies as st
 from controlplane import protocol
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TOKENS_NEVER, can_pair, choose, threshold_tokens
-from controlplane.domain import Candidate, WorkerHello
+from controlplane.domain import Candidate, SLOClass, WorkerHello
 from controlplane.latency import StepFeatures, step_s
 from controlplane.prefixes import Hit
+from controlplane.protocol import ALONE_TTFT_SHARE
 from controlplane.registry import Pace, Registry, Reservation, Worker
-from controlplane.scorers import Ask, blocks_needed, ineligible_reason, measure, prefill_s, score
+from controlplane.scorers import (
+    Ask,
+    blocks_needed,
+    ineligible_reason,
+    measure,
+    prefill_s,
+    prompt_step_s,
+    score,
+)
 from tests.factories import BATCH, CPU_STEP, MODEL, make_hello, make_load, make_request
 
 CONFIG = ControlPlaneConfig()
@@ -284,3 +293,14 @@ def test_prompt_tokens_from_the_host_tier_cost_a_share_of_computing_them():
     assert seconds == sorted(seconds)
     token_s = CPU_STEP.per_token_s
     assert seconds[1] - seconds[0] == pytest.approx(CONFIG.restore_share * token_s * 96)
+
+
+def test_chunks_are_paced_by_the_itl_target_only_where_somebody_decodes():
+    slo = SLOClass("interactive", 0, ttft_s_p99=4.0, itl_s_p99=0.2)
+    assert prompt_step_s(pace(), slo) == ALONE_TTFT_SHARE * 4.0
+    assert prompt_step_s(pace(rows=1, context_tokens=100), slo) == 0.2
+    loose = SLOClass("flex", 2, ttft_s_p99=0.4, itl_s_p99=0.2)
+    assert prompt_step_s(pace(), loose) == 0.2
+    others = make_worker()  # decode rows that another gateway has placed
+    others.report(make_load(running_online=1))
+    assert prompt_step_s(others.pace, slo) == 0.2
