@@ -20,7 +20,7 @@ TIER = "flex"  # its shipped targets are loose enough that steps are not cut sho
 # prefill, and the unloaded step of four rows.
 TTFT_FACTOR = 4.0
 ITL_FACTOR = 3.0
-RATE_PER_S = 0.75  # where the device keeps up
+RATE_PER_S = 0.65  # where the device keeps up
 PREFILL_BUSY_MAX = 0.52  # of the prefill worker's time, so that queues stay short
 
 

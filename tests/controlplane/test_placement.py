@@ -66,9 +66,9 @@ def test_record_of_a_handoff_carries_the_numbers_that_decided():
     assert "w1 computes the prompt, w2 decodes" in record.reason
     rows = {row.worker_id: row for row in record.candidates}
     assert set(rows) == {"w1", "w2"}
-    # 400 tokens at 3 ms; nobody decodes there, so chunks take up to a quarter of 4 s of TTFT, each
+    # 400 tokens at 3 ms; nobody decodes there, so chunks take up to half of 4 s of TTFT: one,
     # with a base of 45 ms
-    assert rows["w1"].prefill_s == pytest.approx(400 * 0.003 + 2 * 0.045, abs=0.02)
+    assert rows["w1"].prefill_s == pytest.approx(400 * 0.003 + 0.045, abs=0.02)
     # 20 ms and 400 · 46,080 bytes at 200 MB/s
     assert rows["w1"].transfer_s == pytest.approx(0.02 + 400 * 46_080 / 200e6)
     assert rows["w2"].transfer_s == 0.0
