@@ -20,6 +20,9 @@ class ControlPlaneConfig:
     pairs_max: int = 4_096  # measured transfer rates
     plans_max: int = 50
     candidates_max: int = 8  # in one decision record
+    records_max: int = 16  # of one request: the first and the latest
+    decided_max: int = 4_096  # ended requests whose decisions are kept
+    classes_max: int = 64
     requests_view_max: int = 500
     contracts_max: int = 4_096
     promises_max: int = 10_000  # retries that were promised room and have not come yet

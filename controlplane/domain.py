@@ -18,6 +18,8 @@ Tier = Literal["guaranteed", "surplus"]  # surplus runs in what guaranteed work 
 PlannerMode = Literal["auto", "shadow"]
 OverLimit = Literal["surplus", "reject"]
 ContractKey = tuple[str, str, str]  # tenant, model, class
+Cause = Literal["submitted", "replaced", "refused", "failover", "handoff_failed"]
+Bound = str  # what decided: only_one, cost, score, damage, batch, filters, hold, order, or a code
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,9 @@ class Candidate:
     cached_tokens: int
     free_blocks: int
     score: float
+    ttft_s_p99: float = 0.0  # calibrated
+    itl_added_s: float = 0.0  # to each step of the rows that are there
+    hit_blocks: int = 0  # of its own size, cached on the device or in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,10 @@ class DecisionRecord:
     placement: Placement | None
     candidates: tuple[Candidate, ...] = field(default=())
     tier: Tier = "guaranteed"
+    bound: Bound = ""
+    cause: Cause = "submitted"  # why there was something to decide
+    after_s: float = 0.0  # since its arrival
+    retry_after_s: float | None = None
 
 
 # --- events: what happened -----------------------------------------------------------------------
@@ -290,6 +299,13 @@ class ContractsSet:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassesSet:
+    """The SLO classes that are served; decisions are compared with what each would have given."""
+
+    classes: tuple[SLOClass, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ServerDraining:
     """The console takes no new request from now on."""
 
@@ -314,6 +330,7 @@ Event = (
     | PlanRolledBack
     | ContractsSet
     | PolicyChanged
+    | ClassesSet
     | ServerDraining
     | Tick
 )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from controlplane.calibration import Bucket
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import Demotion, GenerateRequest, Phase, Placement, Tier
+from controlplane.domain import Cause, Demotion, GenerateRequest, Phase, Placement, Tier
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Tracked:
     avoid_until_s: dict[str, float] = field(default_factory=dict)
     lost_worker: str = ""  # whose loss the next dispatch answers
     move_reason: str = ""
+    cause: Cause = "submitted"  # of the next decision
     recompute_s: float | None = None  # seconds a failed handoff took, until it is counted
     handoff_ready_at_s: float | None = None
     resumable_on: str = ""  # the lost worker that may come back with the sequence

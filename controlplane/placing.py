@@ -7,6 +7,7 @@ from controlplane import decisions, domain, protocol
 from controlplane.admission import Outlook, late_by_s, late_text
 from controlplane.calibration import TTFTCalibration, bucket_of
 from controlplane.config import ControlPlaneConfig
+from controlplane.decisions import DecisionBook
 from controlplane.disagg import TransferRates
 from controlplane.domain import Command, Decided, GenerateRequest
 from controlplane.failover import Tracked
@@ -43,6 +44,7 @@ class Placer:
         self.prefixes = PrefixIndex(config.prefix_blocks_max, config.prefix_holders_max)
         self.rates = TransferRates(config)
         self.calibration = TTFTCalibration()
+        self.decisions = DecisionBook(config)
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start, in the order of the waiting room.
@@ -149,6 +151,7 @@ class Placer:
         return {
             "prefix blocks": (len(self.prefixes), config.prefix_blocks_max),
             "transfer pairs": (len(self.rates), config.pairs_max),
+            **self.decisions.sizes(),
             **self.room.sizes(),
         }
 
@@ -205,10 +208,9 @@ class Placer:
             self._observe(request, found, now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)
         self._count_move(tracked, found)
-        record = decisions.placed(tracked, found, waited_s)
-        outcome = domain.Placed(placement, tracked.epoch, tracked.demotion)
-        self._commands.append(Decided(request.request_id, outcome, record))
-        tracked.move_reason = ""
+        record = decisions.placed(tracked, found, waited_s, now_s)
+        self._decided(tracked, domain.Placed(placement, tracked.epoch, tracked.demotion), record)
+        tracked.move_reason, tracked.cause = "", "submitted"
 
     def _observe(self, request: GenerateRequest, found: Route, now_s: float) -> None:
         assert found.placement is not None
@@ -305,10 +307,26 @@ class Placer:
         found = self.route(tracked, now_s)
         if found.placement is not None:
             why = f"{len(self.room) - 1} requests are before it"
-            found = replace(found, placement=None, reason=why)
+            found = replace(found, placement=None, reason=why, bound="order")
         position = self.room.position(tracked.request)
         per_start_s = min((row.prefill_s for row in found.candidates), default=0.0)
         start_s = found.queue_s + (position - 1) * per_start_s
-        record = decisions.queued(tracked, found, 0.0)
-        outcome = domain.Queued(position, start_s, tracked.demotion)
+        record = decisions.queued(tracked, found, 0.0, now_s)
+        self._decided(tracked, domain.Queued(position, start_s, tracked.demotion), record)
+
+    def decide_rejected(
+        self, tracked: Tracked, outcome: domain.Rejected, found: Route | None, now_s: float
+    ) -> None:
+        """Its end; `found` is where it would have gone."""
+        record = decisions.rejected(tracked, outcome, found, now_s)
+        self._decided(tracked, outcome, record)
+        self.decisions.end(tracked.request_id, outcome.code, False, None)
+
+    def _decided(
+        self,
+        tracked: Tracked,
+        outcome: domain.Placed | domain.Queued | domain.Rejected,
+        record: domain.DecisionRecord,
+    ) -> None:
+        self.decisions.add(tracked.request, record)
         self._commands.append(Decided(tracked.request_id, outcome, record))

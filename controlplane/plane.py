@@ -13,6 +13,7 @@ from controlplane import domain, protocol, views
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
 from controlplane.contracts import Preview, preview
+from controlplane.decisions import Explanation
 from controlplane.domain import Command
 from controlplane.ledger import AccountView
 from controlplane.planner import Flip, Planner
@@ -72,6 +73,9 @@ class ControlPlane:
                 limit = self._config.contracts_max
                 assert len(event.contracts) <= limit, (len(event.contracts), limit)
                 self._requests.ledger.set_contracts(event.contracts, event.spent)
+            case domain.ClassesSet(classes):
+                assert len(classes) <= self._config.classes_max, len(classes)
+                self._requests.decisions.classes = classes
             case domain.PolicyChanged():
                 self._on_policy(event)
             case domain.ServerDraining():
@@ -104,6 +108,10 @@ class ControlPlane:
     def calibration(self) -> TTFTCalibration:
         """How predicted TTFTs turned out; for metrics."""
         return self._requests.calibration
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Every decision about a request with its outcome; None when it is not known any more."""
+        return self._requests.decisions.explain(request_id)
 
     def accounts(self, now_s: float) -> tuple[AccountView, ...]:
         """Every contract and where it stands."""

@@ -6,7 +6,7 @@ Requests submitted == completed + failed + cancelled + rejected + tracked here.
 from collections.abc import Callable
 from dataclasses import replace
 
-from controlplane import decisions, domain, protocol
+from controlplane import domain, protocol
 from controlplane.admission import (
     DRAINING_RETRY_S,
     RETRY_S,
@@ -17,7 +17,8 @@ from controlplane.admission import (
 )
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
-from controlplane.domain import Command, Decided, Demotion, Rejected
+from controlplane.decisions import DecisionBook
+from controlplane.domain import Command, Demotion, Rejected
 from controlplane.ejection import Ejector
 from controlplane.failover import Tracked
 from controlplane.ledger import Account, Ledger, worst_case
@@ -81,6 +82,10 @@ class Requests:
         return self._placer.prefixes
 
     @property
+    def decisions(self) -> DecisionBook:
+        return self._placer.decisions
+
+    @property
     def calibration(self) -> TTFTCalibration:
         return self._placer.calibration
 
@@ -112,7 +117,7 @@ class Requests:
             found = self._placer.route(tracked, now_s)
             refused = self._admit(tracked, found, account, now_s)
         if refused is not None:
-            self._decide_rejected(tracked, refused, now_s)
+            self._placer.decide_rejected(tracked, refused, found, now_s)
             self._judge(tracked, False, refused.code, now_s)
             return
         self.tracked[request.request_id] = tracked
@@ -212,6 +217,7 @@ class Requests:
             return
         if not tracked.has_first_token:
             tracked.ttft_s = event.ttft_s
+            self.decisions.first_token(tracked.request_id, tracked.epoch, event.ttft_s)
             self._placer.observe_ttft(tracked, now_s)
         tracked.has_first_token = True
         tracked.num_strikes = 0
@@ -261,6 +267,7 @@ class Requests:
         slo, ttft_s = tracked.request.slo, tracked.ttft_s
         is_in_time = ttft_s is not None and ttft_s <= slo.ttft_s_p99
         is_met = is_in_time and event.itl_s_p99 <= slo.itl_s_p99 and event.status == "completed"
+        self.decisions.end(tracked.request_id, event.status, is_met, event)
         self._judge(tracked, is_met, event.status, now_s)
         if event.status == "completed" and not slo.is_batch:
             self._planner.observe_end(tracked.request, event.output_tokens)
@@ -300,6 +307,7 @@ class Requests:
         self._leave(tracked, now_s, lost if is_gone else "")
         tracked.resumable_on = lost if is_gone and is_alone else ""
         tracked.lost_worker, tracked.move_reason = lost, why
+        tracked.cause = "failover" if lost else "handoff_failed"
         tracked.num_moves += 1
         tracked.handoff_ready_at_s = None
         tracked.enter_phase("orphaned", now_s)
@@ -314,7 +322,7 @@ class Requests:
         self._room.enter_moving(tracked.request, now_s)
 
     def _reject(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
-        self._decide_rejected(tracked, outcome, now_s)
+        self._placer.decide_rejected(tracked, outcome, None, now_s)
         self._judge(tracked, False, outcome.code, now_s)
         self._forget(tracked, None, now_s)
 
@@ -329,11 +337,6 @@ class Requests:
         self._num_by_tenant[tenant_id] -= 1
         if not self._num_by_tenant[tenant_id]:
             del self._num_by_tenant[tenant_id]
-
-    def _decide_rejected(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
-        waited_s = max(0.0, now_s - tracked.request.arrived_at_s)
-        record = decisions.rejected(tracked.request_id, tracked.epoch, outcome, waited_s)
-        self._commands.append(Decided(tracked.request_id, outcome, record))
 
     def answered(self, worker: Worker, message: Answer, now_s: float) -> None:
         """A worker's word about a request; it counts when the worker holds the current epoch."""
@@ -378,6 +381,7 @@ class Requests:
         self._leave(tracked, now_s, worker.worker_id)
         tracked.refused_by(worker.worker_id, is_final, now_s, self._config)
         tracked.move_reason = f"{worker.worker_id} refused it: {message.reason}"
+        tracked.cause = "refused"
         tracked.enter_phase("queued", now_s)
         pool = self._placer.pools.pool(tracked.request.model_id)
         serving = list(pool.max_model_len) if pool else []
@@ -407,6 +411,7 @@ class Requests:
             self._placer.rates.observe(pair, num_bytes, seconds)
         self._placer.prefixes.insert(placement.decode_worker, tracked.request.block_hashes)
         tracked.enter_phase("decode", now_s)
+        self.decisions.moved(tracked.request_id, tracked.epoch, message.bytes, message.seconds)
         self._commands.append(
             domain.HandoffCounted(tracked.request_id, message.bytes, message.seconds, 0)
         )
@@ -469,6 +474,7 @@ class Requests:
             tracked = waiting.tracked
             self._leave(tracked, now_s)
             tracked.num_replaced += 1
+            tracked.cause = "replaced"
             tracked.move_reason = (
                 f"{found.candidates[0].worker_id} starts it in {found.queue_s * 1000.0:.0f} ms,"
                 f" {waiting.worker_id} in {waiting.wait_s * 1000.0:.0f} ms"
@@ -501,5 +507,6 @@ class Requests:
                 held = self._registry.workers[worker_id].reservations
                 assert tracked.request_id in held, (tracked.request_id, worker_id)
         self.ledger.check_integrity(self.tracked)
+        self.decisions.check_integrity(self.tracked)
         online = [item for item in self.tracked.values() if not item.request.slo.is_batch]
         assert sum(self._num_by_tenant.values()) == len(online), self._num_by_tenant

@@ -13,7 +13,7 @@ from itertools import islice
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates, can_pair, choose, threshold_tokens
-from controlplane.domain import Candidate, Placement
+from controlplane.domain import Bound, Candidate, Placement
 from controlplane.pools import LoadLevels, Pool
 from controlplane.registry import Worker
 from controlplane.scorers import Ask, Option, measure
@@ -33,6 +33,7 @@ class Route:
     threshold_tokens: int
     queue_s: float  # predicted wait on the best worker
     num_first: int = 1  # workers that may compute its prompt
+    bound: Bound = "filters"
 
 
 def route(
@@ -104,24 +105,41 @@ def _pick(options: Sequence[Option], ask: Ask, config: ControlPlaneConfig) -> Op
     able = [option for option in options if option.candidate.eligible]
     if not able:
         return None
-    itl_s_max = config.fit_itl_share * ask.request.slo.itl_s_p99
-    easy = [
-        option
-        for option in able
-        if option.ttft_s_p99 <= config.fit_share * ask.ttft_s_left
-        and option.candidate.itl_s <= itl_s_max
-    ]
+    easy = [option for option in able if _is_easy(option, ask, config)]
     if easy:
         cost_s_max = COST_EQUAL * min(option.cost_s for option in easy) + 1e-9
         cheap = [option for option in easy if option.cost_s <= cost_s_max]
         return min(cheap, key=lambda option: (-option.load, *worker_order(option.worker)))
-    ttft_s_max = (1.0 - config.late_margin) * ask.ttft_s_left
-    timely = [
-        option
-        for option in able
-        if option.ttft_s_p99 <= ttft_s_max and option.candidate.itl_s <= ask.request.slo.itl_s_p99
-    ]
+    timely = [option for option in able if _is_timely(option, ask, config)]
     return min(timely or able, key=lambda option: option.order)
+
+
+def _is_easy(option: Option, ask: Ask, config: ControlPlaneConfig) -> bool:
+    """It is well in time, so that cost may decide."""
+    row = option.candidate
+    return (
+        row.ttft_s_p99 <= config.fit_share * ask.ttft_s_left
+        and row.itl_s <= config.fit_itl_share * ask.request.slo.itl_s_p99
+    )
+
+
+def _is_timely(option: Option, ask: Ask, config: ControlPlaneConfig) -> bool:
+    row = option.candidate
+    ttft_s_max = (1.0 - config.late_margin) * ask.ttft_s_left
+    return row.ttft_s_p99 <= ttft_s_max and row.itl_s <= ask.request.slo.itl_s_p99
+
+
+def _bound(
+    chosen: Option, options: Sequence[Option], ask: Ask, config: ControlPlaneConfig
+) -> Bound:
+    """What made it this one of the eligible."""
+    if ask.request.slo.is_batch:
+        return "batch"
+    if sum(option.candidate.eligible for option in options) == 1:
+        return "only_one"
+    if _is_easy(chosen, ask, config):
+        return "cost"
+    return "score" if _is_timely(chosen, ask, config) else "damage"
 
 
 def worker_order(worker: Worker) -> tuple[int, str]:
@@ -153,8 +171,13 @@ def _with_split(
         pair = (option.worker.worker_id, target.worker.worker_id)
         moved_s = rates.transfer_s(pair, num_bytes)
         row = option.candidate
-        row = replace(row, transfer_s=moved_s, ttft_s=row.ttft_s + moved_s)
-        remotes.append(replace(option, candidate=row, ttft_s_p99=option.ttft_s_p99 + moved_s))
+        row = replace(
+            row,
+            transfer_s=moved_s,
+            ttft_s=row.ttft_s + moved_s,
+            ttft_s_p99=row.ttft_s_p99 + moved_s,
+        )
+        remotes.append(replace(option, candidate=row))
     every = options + remotes
     able = [option for option in remotes if option.candidate.eligible]
     if not able and uncached < floor:
@@ -179,7 +202,12 @@ def _with_split(
         return _settle(ask, local, None, every, num_local, why, config, threshold)
     if ask.request.output_tokens_max == 1:
         row = remote.candidate
-        row = replace(row, transfer_s=0.0, ttft_s=row.ttft_s - row.transfer_s)
+        row = replace(
+            row,
+            transfer_s=0.0,
+            ttft_s=row.ttft_s - row.transfer_s,
+            ttft_s_p99=row.ttft_s_p99 - row.transfer_s,
+        )
         why = f"{why}; its one output token ends it there, so nothing is handed off"
         alone = replace(remote, candidate=row)
         return _settle(ask, alone, None, every, num_remote, why, config, threshold)
@@ -230,7 +258,7 @@ def _settle(
             f"{first.worker_id} has {first.queue_s * 1000.0:.0f} ms of prompts before it, more than"
             f" the {hold_s * 1000.0:.0f} ms that may wait at a worker"
         )
-        return Route(None, reason, why, rows, uncached, threshold, first.queue_s, num_first)
+        return Route(None, reason, why, rows, uncached, threshold, first.queue_s, num_first, "hold")
     placement = Placement(
         split="handoff" if prefill else "local",
         prefill_worker=first.worker_id,
@@ -249,7 +277,8 @@ def _settle(
         f" {first.prefill_s * 1000.0:.0f}, transfer {first.transfer_s * 1000.0:.0f}) against"
         f" {ask.ttft_s_left * 1000.0:.0f} ms left, step {last.itl_s * 1000.0:.0f} ms"
     )
-    return Route(placement, reason, why, rows, uncached, threshold, first.queue_s, num_first)
+    bound = _bound(prefill or decode, options, ask, config)
+    return Route(placement, reason, why, rows, uncached, threshold, first.queue_s, num_first, bound)
 
 
 def _nowhere(options: Sequence[Option], pool: Pool | None, config: ControlPlaneConfig) -> Route:

@@ -115,7 +115,6 @@ class Option:
 
     worker: Worker
     candidate: Candidate
-    ttft_s_p99: float
     cost_s: float  # GPU-seconds of its prompt, and what it adds to the steps of others
     load: float  # share of the worker's rows in use
 
@@ -162,13 +161,15 @@ def measure(
         cached,
         max(0, free),
         score(ttft_s, ask.ttft_s_left, itl_s, itl_target_s),
+        ask.margin(bucket_of(queue_s, cached, is_prefill)) * ttft_s,
+        0.0 if is_prefill else added_s,
+        cached // worker.hello.block_tokens,
     )
     work_s = prompt_work_s(pace, cached, uncached) + restore_s
     others_s = 0.0 if is_prefill else added_s * pace.beside.rows
     return Option(
         worker,
         candidate,
-        ask.margin(bucket_of(queue_s, cached, is_prefill)) * ttft_s,
         work_s + others_s,
         worker.num_online / config.sequences_max,
     )
