@@ -41,7 +41,7 @@ class RequestFact:
     handoff_ms: float | None
     handoff_recomputed_tokens: int
     predicted_ttft_ms: float | None
-    decision: dict[str, Any] = field(default_factory=dict)  # a controlplane.decisions.Explanation
+    decision: list[dict[str, Any]] = field(default_factory=list)  # decision records, oldest first
     is_demo_history: bool = False
 
 

@@ -15,6 +15,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.contracts import Preview, preview
 from controlplane.decisions import Explanation
 from controlplane.domain import Command
+from controlplane.gpuledger import GpuLedger, GpuView
 from controlplane.ledger import AccountView
 from controlplane.planner import Flip, Planner
 from controlplane.prefixes import PrefixIndex
@@ -30,6 +31,7 @@ class ControlPlane:
         self._config = config
         self._registry = Registry(config, secret)
         self._planner = Planner(config)
+        self._gpu = GpuLedger()
         self._plans: deque[domain.PlanChanged] = deque(maxlen=config.plans_max)
         self._planner_mode: domain.PlannerMode = "auto"
         self._ticked_at_s: float | None = None
@@ -74,7 +76,8 @@ class ControlPlane:
                 assert len(event.contracts) <= limit, (len(event.contracts), limit)
                 self._requests.ledger.set_contracts(event.contracts, event.spent)
             case domain.ClassesSet(classes):
-                self._requests.decisions.set_classes(classes)
+                assert len(classes) <= self._config.classes_max, len(classes)
+                self._requests.decisions.classes = classes
             case domain.PolicyChanged():
                 self._on_policy(event)
             case domain.ServerDraining():
@@ -115,6 +118,10 @@ class ControlPlane:
     def accounts(self, now_s: float) -> tuple[AccountView, ...]:
         """Every contract and where it stands."""
         return self._requests.ledger.views(now_s)
+
+    def gpu_seconds(self) -> tuple[GpuView, ...]:
+        """How each worker has spent its time, and whether that adds up."""
+        return self._gpu.views()
 
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit, model by model, were they set now."""
@@ -162,6 +169,7 @@ class ControlPlane:
                     self._requests.refile(worker)
             case protocol.Goodbye() as goodbye:
                 self._lose(worker, f"{worker.worker_id} left: {goodbye.reason}", now_s)
+                self._gpu.forget([worker.worker_id])
                 del self._registry.workers[worker.worker_id]
                 self._requests.forgotten(worker)
             case answer:
@@ -171,6 +179,8 @@ class ControlPlane:
         self, worker: Worker, load: protocol.WorkerLoad, busy_s: float, now_s: float
     ) -> None:
         worker.report(load)
+        model_id = worker.hello.models[0].model_id
+        self._gpu.observe(worker.worker_id, model_id, load.spent, busy_s, now_s)
         worker.busy_s = busy_s
         self._requests.refile(worker)
         if worker.role != "prefill":
@@ -269,6 +279,7 @@ class ControlPlane:
             self._lose(worker, f"{worker.worker_id} was given up: {why}", now_s)
         for worker in self._registry.forget_lost(now_s):
             self._requests.forgotten(worker)
+            self._gpu.forget([worker.worker_id])
         self._requests.expire(now_s)
         self._requests.balance(now_s)
         flip = self._planner.plan(now_s, list(self._registry.workers.values()))
@@ -283,6 +294,7 @@ class ControlPlane:
         return {
             "workers": (len(self._registry.workers), config.workers_max),
             "plans": (len(self._plans), config.plans_max),
+            "GPU meters": (len(self._gpu), config.workers_max),
             **self._requests.sizes(),
         }
 

@@ -139,6 +139,33 @@ class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
     context_tokens: int
     # One per id where the request asked for them, else empty; None for ids of an earlier worker.
     logprobs: list[TokenLogprobs | None] = []
+    # Seconds of this worker that the sequence has cost so far (gpuseconds.py): totals, not deltas.
+    prefill_gpu_s: float = 0.0
+    decode_gpu_s: float = 0.0
+
+
+class GpuSeconds(msgspec.Struct, frozen=True, array_like=True):
+    """How a worker has spent its time since it started: work by lane and stage, and idle time. The
+    worker measures each; a wall clock elsewhere tells whether they add up."""
+
+    online_prefill_s: float = 0.0
+    online_decode_s: float = 0.0
+    batch_prefill_s: float = 0.0
+    batch_decode_s: float = 0.0
+    batch_fixed_s: float = 0.0  # of batch's seconds: its share of what a step costs with any rows
+    idle_s: float = 0.0  # blocked with nothing to run
+
+    @property
+    def online_s(self) -> float:
+        return self.online_prefill_s + self.online_decode_s
+
+    @property
+    def batch_s(self) -> float:
+        return self.batch_prefill_s + self.batch_decode_s
+
+    @property
+    def total_s(self) -> float:
+        return self.online_s + self.batch_s + self.idle_s
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
@@ -148,7 +175,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     step_index: int
     predicted_s: float  # of the last step
     measured_s: float
-    online_s: float  # step seconds charged to online rows, by their share of token rows
+    online_s: float  # seconds charged to online rows
     batch_s: float
     idle_s: float  # time blocked with nothing to run
     rows_online: int  # token rows of the last step
@@ -165,6 +192,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     kv_blocks_held_batch: int
     step_model: StepModel
     device: DeviceLoad | None = None  # None: the device does not tell
+    spent: GpuSeconds = GpuSeconds()  # since the worker's start
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

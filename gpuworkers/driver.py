@@ -41,7 +41,8 @@ class Turn:
 
 
 class IdleMeter:
-    """Seconds with nothing to run. The engine's thread starts and stops it, both threads take."""
+    """Seconds with nothing to run: waiting for work, and turns whose plan was empty. The engine's
+    thread starts and stops it, both threads take."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,6 +58,11 @@ class IdleMeter:
             assert self._since_s is not None
             self._sum_s += now_s - self._since_s
             self._since_s = None
+
+    def add(self, seconds: float) -> None:
+        """A turn in which nothing was computed."""
+        with self._lock:
+            self._sum_s += seconds
 
     def take(self, now_s: float) -> float:
         """Idle seconds since the last call."""
@@ -107,13 +113,23 @@ class _Turns:
         self.clock = clock
         self.idle = idle
 
-    def step(self) -> tuple[StepResult, Turn]:
+    def step(self) -> tuple[StepResult, list[ReadyPrompt]]:
         result = self.engine.step(self.clock(), self.clock)
         ready = [
             ReadyPrompt(key, self.engine.blocks_of(*key), self.engine.first_ids(*key))
             for key in result.ready
         ]
-        return result, self.turn(result.sequences, ready)
+        return result, ready
+
+    def charge(self, since_s: float, has_stepped: bool, charged_s: float = 0.0) -> float:
+        """The time since then, but for the `charged_s` of the step itself, goes to who ran in the
+        step; in a turn without one all of it was idle. Gives the time until which that holds."""
+        now_s = self.clock()
+        if has_stepped:
+            self.engine.charge_host(now_s - since_s - charged_s)
+        else:
+            self.idle.add(now_s - since_s)
+        return now_s
 
     def turn(
         self, sequences: list[protocol.SequenceReport] | None, ready: list[ReadyPrompt]
@@ -170,13 +186,15 @@ class ThreadDriver:
 
     def _turn(self) -> bool:
         """False when stopping."""
-        engine, clock = self._turns.engine, self._turns.clock
+        turns, engine, clock = self._turns, self._turns.engine, self._turns.clock
+        began_s = clock()
         with self._changed:
             if not self._commands and not self._is_stopping and not engine.has_work():
-                self.idle.start(clock())
+                self.idle.start(began_s)
                 while not self._commands and not self._is_stopping:
                     self._changed.wait()
-                self.idle.stop(clock())
+                began_s = clock()
+                self.idle.stop(began_s)
             commands = list(self._commands)
             self._commands.clear()
         if self._is_stopping:
@@ -186,12 +204,18 @@ class ThreadDriver:
         if engine.has_work():
             self._ahead.acquire()
             self.busy_since_s = clock()
-            _, turn = self._turns.step()
+            result, ready = turns.step()
             self.busy_since_s = None
+            has_stepped = result.measured_s > 0.0
+            until_s = turns.charge(began_s, has_stepped, result.measured_s)
+            turn = turns.turn(result.sequences, ready)
             self._loop.call_soon_threadsafe(self._deliver, turn)
+            turns.charge(until_s, has_stepped)  # telling takes time too: in the next report
         elif commands:
             self._ahead.acquire()
-            self._loop.call_soon_threadsafe(self._deliver, self._turns.turn(None, []))
+            until_s = turns.charge(began_s, False)
+            self._loop.call_soon_threadsafe(self._deliver, turns.turn(None, []))
+            turns.charge(until_s, False)
         return True
 
     def _deliver(self, turn: Turn) -> None:
@@ -238,21 +262,25 @@ class TaskDriver:
             self.failed.set_exception(error)
 
     async def _turn(self) -> None:
-        engine, clock = self._turns.engine, self._turns.clock
+        turns, engine, clock = self._turns, self._turns.engine, self._turns.clock
+        began_s = clock()
         if not self._commands and not engine.has_work():
-            self.idle.start(clock())
+            self.idle.start(began_s)
             self._changed.clear()
             await self._changed.wait()
-            self.idle.stop(clock())
+            began_s = clock()
+            self.idle.stop(began_s)
         commands = list(self._commands)
         self._commands.clear()
         for command in commands:
             command()
         if engine.has_work():
             self.busy_since_s = clock()
-            result, turn = self._turns.step()
+            result, ready = turns.step()
             await asyncio.sleep(max(0.0, self.busy_since_s + result.measured_s - clock()))
             self.busy_since_s = None
-            self._report(turn)
+            turns.charge(began_s, result.measured_s > 0.0, result.measured_s)
+            self._report(turns.turn(result.sequences, ready))
         elif commands:
-            self._report(self._turns.turn(None, []))
+            turns.charge(began_s, False)
+            self._report(turns.turn(None, []))

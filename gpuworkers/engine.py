@@ -249,6 +249,10 @@ class Engine:
         live = [protocol.LiveSequence(*s.key, s.output_tokens) for s in running]
         return live + self._ended.live()
 
+    def charge_host(self, seconds: float) -> None:
+        """Time of the last turn beyond its measured step: what ran in the step pays for it."""
+        self._meter.add_host(seconds)
+
     def load(self, idle_s: float) -> protocol.WorkerLoad:
         """State for a report; the sums of seconds start again at 0."""
         return self._meter.take(
@@ -276,7 +280,7 @@ class Engine:
             elapsed_s = clock() - started_at_s
             measured_s = elapsed_s if result.modelled_s is None else result.modelled_s
             self.step_model.observe(plan.features, measured_s)
-            self._meter.add_step(plan, measured_s)
+            self._meter.add_step(plan, self.step_model, measured_s)
             ready = self._record(plan, result, now_s + measured_s)
         if plan.rows and not self._sequences:  # idle: what does not add up is found here
             self.check_integrity()

@@ -28,10 +28,12 @@ class Heart:
         self._device_load = device_load
         self._device: protocol.DeviceLoad | None = None
         self._load: protocol.WorkerLoad | None = None  # of the newest report
+        self._idle_s = 0.0  # told in heartbeats so far: reports of turns do not know of it
 
     def observe(self, load: protocol.WorkerLoad) -> protocol.WorkerLoad:
-        """Take the newest load in; returns it with the device's."""
-        self._load = msgspec.structs.replace(load, device=self._device)
+        """Take the newest load in; returns it with the device's and all idle time."""
+        spent = msgspec.structs.replace(load.spent, idle_s=load.spent.idle_s + self._idle_s)
+        self._load = msgspec.structs.replace(load, device=self._device, spent=spent)
         return self._load
 
     async def beat(self) -> None:
@@ -51,7 +53,9 @@ class Heart:
         """The newest load; of its seconds only the idle ones have grown since."""
         since_s = self._driver.busy_since_s
         idle_s = self._driver.idle.take(now_s)
-        load = msgspec.structs.replace(
-            load, online_s=0.0, batch_s=0.0, idle_s=idle_s, device=self._device
+        self._idle_s += idle_s
+        spent = msgspec.structs.replace(load.spent, idle_s=load.spent.idle_s + idle_s)
+        load = self._load = msgspec.structs.replace(
+            load, online_s=0.0, batch_s=0.0, idle_s=idle_s, device=self._device, spent=spent
         )
         return protocol.Heartbeat(load, 0.0 if since_s is None else max(0.0, now_s - since_s))

@@ -92,6 +92,8 @@ class Outbox:
                     new.cached_tokens,
                     new.context_tokens,
                     old.logprobs + new.logprobs,
+                    new.prefill_gpu_s,
+                    new.decode_gpu_s,
                 )
                 return
         self._newest[key] = self._taken + len(self._reports)

@@ -27,6 +27,8 @@ def report(
         sequence.cached_tokens,
         sequence.computed_tokens,
         sequence.logprobs_from(seq),
+        sequence.prefill_gpu_s,
+        sequence.decode_gpu_s,
     )
 
 
@@ -37,6 +39,8 @@ class _Ended:
     cached_tokens: int
     context_tokens: int
     logprobs: list[protocol.TokenLogprobs | None]
+    prefill_gpu_s: float
+    decode_gpu_s: float
 
 
 class EndedSequences:
@@ -57,6 +61,8 @@ class EndedSequences:
             sequence.cached_tokens,
             sequence.computed_tokens,
             sequence.logprobs_from(0),
+            sequence.prefill_gpu_s,
+            sequence.decode_gpu_s,
         )
         if len(self._ended) > self._kept_max:
             self._ended.popitem(last=False)
@@ -78,6 +84,8 @@ class EndedSequences:
             ended.cached_tokens,
             ended.context_tokens,
             ended.logprobs[seq:],
+            ended.prefill_gpu_s,
+            ended.decode_gpu_s,
         )
 
     def live(self) -> list[protocol.LiveSequence]:

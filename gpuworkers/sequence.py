@@ -43,6 +43,8 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)  # token order; online: all it will need
     hashes: list[bytes] = field(default_factory=list)  # names of its full blocks, so far
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by output index
+    prefill_gpu_s: float = 0.0  # of steps here that computed its prompt, or computed it again
+    decode_gpu_s: float = 0.0
 
     @property
     def key(self) -> tuple[str, int]:

@@ -252,9 +252,11 @@ class Worker:
     def _resend(self, message: protocol.Resend) -> None:
         """Runs between two steps."""
         report = self._engine.resend(message.request_id, message.epoch, message.seq)
-        load = self._engine.load(0.0)
+        self._to_loop(self._resent, report, self._engine.load(0.0))
+
+    def _resent(self, report: protocol.SequenceReport | None, load: protocol.WorkerLoad) -> None:
         reports = [] if report is None else [report]
-        self._to_loop(self._link.post, protocol.StepReport(reports, load))
+        self._link.post(protocol.StepReport(reports, self._heart.observe(load)))
 
     def _stepped(self, turn: Turn) -> None:
         load = self._heart.observe(turn.load)

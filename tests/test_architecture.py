@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("console", "controlplane", "gpuworkers", "kernels", "tests", "manage", "deploy")
-WIRE = ("protocol", "domain", "errors", "latency", "kappas")
+WIRE = ("protocol", "domain", "errors", "latency", "kappas", "gpuseconds")
 PURE_WORKER = ("scheduler", "sequence", "blocks")
 HEAVY = {"torch", "cupy"}
 DJANGO = {"django", "rest_framework", "channels", "celery", "daphne", "twisted"}
@@ -56,7 +56,7 @@ def rule_for(path: PurePosixPath) -> Rule:
         impure = impure - {"time"} if stem == "__main__" else impure
         return Rule(
             ours=("controlplane", *pure_worker()),
-            outside=frozenset({"msgspec", "numpy", "pyarrow"}),
+            outside=frozenset({"msgspec", "numpy"}),
             standard_never=frozenset(impure),
         )
     if package == "controlplane" and stem in WIRE:

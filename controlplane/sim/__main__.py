@@ -4,6 +4,7 @@
 python -m controlplane.sim coserve [--sweep]      interactive and batch work on one worker
 python -m controlplane.sim latency                honesty of the latency model
 python -m controlplane.sim router                 cost of a routing decision, in real time
+python -m controlplane.sim ledger                 does every worker account for all of its time
 python -m controlplane.sim swarm [--seeds N]      whole clusters under faults, all laws checked
 python -m controlplane.sim swarm --seed S --shrink    one of them again, and made smaller
 """
@@ -15,9 +16,10 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 from controlplane import kappas
-from controlplane.sim import coserve, coverage, routerbench, scenario, shrink, swarm
+from controlplane.sim import coserve, coverage, ledgercheck, routerbench, scenario, shrink, swarm
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)
@@ -77,6 +79,12 @@ def run_latency(options: argparse.Namespace) -> dict[str, object]:
 
 def run_router(options: argparse.Namespace) -> dict[str, object]:
     return routerbench.run(options.blocks, options.decisions, options.repeats, time.perf_counter)
+
+
+def run_ledger(options: argparse.Namespace) -> dict[str, object]:
+    return ledgercheck.run(
+        options.seed, options.workers, options.seconds, calibration=options.calibration
+    )
 
 
 def run_swarm(options: argparse.Namespace) -> int:
@@ -152,6 +160,11 @@ def parser() -> argparse.ArgumentParser:
     router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
     router.add_argument("--decisions", type=int, default=2_000, help="timed in each repeat")
     router.add_argument("--repeats", type=int, default=5)
+    ledger = commands.add_parser("ledger")
+    ledger.add_argument("--calibration", type=Path, help="h200_steps.json; else the shipped table")
+    ledger.add_argument("--workers", type=int, default=8)
+    ledger.add_argument("--seconds", type=float, default=90.0, help="virtual")
+    ledger.add_argument("--seed", type=int, default=1)
     command = commands.add_parser("swarm")
     command.add_argument("--seeds", type=int, default=200)
     command.add_argument("--first", type=int, default=0, help="the first seed")
@@ -166,7 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.command == "swarm":
         return run_swarm(options)
-    runs = {"coserve": run_coserve, "latency": run_latency, "router": run_router}
+    runs = {
+        "coserve": run_coserve,
+        "latency": run_latency,
+        "router": run_router,
+        "ledger": run_ledger,
+    }
     run = runs[options.command]
     print(json.dumps(run(options)))
     return 0

@@ -140,7 +140,9 @@ class Cluster:
 
     def add(self, hello: protocol.Hello) -> Member:
         """A new worker process joins."""
-        worker = ModelledWorker(hello.role, hello.step_model, hello.num_blocks, hello.block_tokens)
+        worker = ModelledWorker(
+            hello.role, hello.step_model, hello.num_blocks, hello.block_tokens, self.events.now_s
+        )
         member = Member(worker, hello)
         self.members.append(member)
         self._connect(member)
@@ -347,7 +349,9 @@ class Cluster:
         if member.is_dead:
             return
         if member.is_connected and self.events.now_s >= member.frozen_until_s:
-            self._send(member, protocol.Heartbeat(member.worker.load(), 0.0))
+            now_s = self.events.now_s
+            beat = protocol.Heartbeat(member.worker.load(now_s), member.worker.busy_s(now_s))
+            self._send(member, beat)
             if member.worker.is_draining and not member.worker.sequences:
                 self._send(member, protocol.Drained())
         self.events.after(HEARTBEAT_S, partial(self._beat, member))
@@ -415,7 +419,7 @@ class Cluster:
 
     def _step_done(self, member: Member, seconds: float) -> None:
         reports, ready = member.worker.finish_step(self.events.now_s, seconds)
-        self._send(member, protocol.StepReport(reports, member.worker.load()))
+        self._send(member, protocol.StepReport(reports, member.worker.load(self.events.now_s)))
         for key in ready:
             self._send(member, protocol.HandoffReady(*key, 1, 1000))
         self._step(member)
@@ -425,7 +429,7 @@ class Cluster:
         sequence = member.worker.sequences.get(key)
         if sequence is not None:
             report = protocol.SequenceReport(*key, 0, sequence.output_ids, None, 0, 0, 0)
-            self._send(member, protocol.StepReport([report], member.worker.load()))
+            self._send(member, protocol.StepReport([report], member.worker.load(self.events.now_s)))
         self._step(member)
 
     # --- the gateway

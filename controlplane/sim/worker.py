@@ -7,6 +7,7 @@ give the same ids, and one continued at a wrong index gives others.
 from collections.abc import Sequence as Seq
 
 from controlplane import protocol
+from controlplane.gpuseconds import GpuMeter
 from controlplane.latency import LatencyModel
 from controlplane.sim import laws
 from gpuworkers import blocks, scheduler
@@ -25,7 +26,12 @@ class ModelledWorker:
     """One engine process; knows nothing of links or of the plane."""
 
     def __init__(
-        self, role: protocol.Role, step_model: protocol.StepModel, num_blocks: int, block: int
+        self,
+        role: protocol.Role,
+        step_model: protocol.StepModel,
+        num_blocks: int,
+        block: int,
+        now_s: float = 0.0,
     ) -> None:
         self.role = role
         self.model = LatencyModel(step_model)
@@ -35,7 +41,12 @@ class ModelledWorker:
         self.sequences: dict[Key, Sequence] = {}
         self.plan: scheduler.Plan | None = None  # the step in hand
         self.num_steps = 0
-        self._last_s = self._online_s = 0.0
+        self._last_s = 0.0
+        self.gpu = GpuMeter()
+        self._began_s = 0.0  # of the step in hand
+        self._idle_s = 0.0
+        self._idle_since_s: float | None = now_s
+        self._told = protocol.GpuSeconds()  # at the last report
 
     def assign(
         self, message: protocol.Assign, now_s: float
@@ -85,6 +96,7 @@ class ModelledWorker:
         plan = scheduler.plan(now_s, state, self.model, self.policy)
         self.plan = plan if plan.rows else None
         laws.check_plan(plan, state)
+        self._note_idle(now_s)
         return plan.predicted_s if plan.rows else None
 
     def finish_step(
@@ -98,7 +110,7 @@ class ModelledWorker:
         if seconds != plan.predicted_s:  # else there is nothing to learn
             self.model.observe(plan.features, seconds)
         self._last_s = seconds
-        self._online_s += seconds * plan.num_online / len(plan.rows)
+        self._charge(plan, seconds, now_s)
         reports, ready = [], []
         for row in plan.rows:
             sequence = row.sequence
@@ -114,7 +126,16 @@ class ModelledWorker:
             reason = sequence.finish_reason(())
             reports.append(
                 protocol.SequenceReport(
-                    *sequence.key, index, [token_id], reason, 0, 0, sequence.computed_tokens
+                    *sequence.key,
+                    index,
+                    [token_id],
+                    reason,
+                    0,
+                    0,
+                    sequence.computed_tokens,
+                    [],
+                    sequence.prefill_gpu_s,
+                    sequence.decode_gpu_s,
                 )
             )
             if reason is not None:
@@ -125,6 +146,36 @@ class ModelledWorker:
                 ready.append(sequence.key)
         return reports, ready
 
+    def _charge(self, plan: scheduler.Plan, seconds: float, now_s: float) -> None:
+        """The step's seconds, and those for which it could not end: the process was frozen."""
+        decodes = [row.sequence.is_decoding for row in plan.rows]
+        rows = [(row.start, row.count) for row in plan.rows]
+        model = self.model.coefficients()
+        charged = self.gpu.add_step(model, rows, plan.num_online, decodes, seconds)
+        self.gpu.add_host(now_s - self._began_s - seconds)
+        for row, is_decode, cost_s in zip(plan.rows, decodes, charged, strict=True):
+            row.sequence.decode_gpu_s += cost_s * is_decode
+            row.sequence.prefill_gpu_s += cost_s * (not is_decode)
+
+    def _note_idle(self, now_s: float) -> None:
+        """An empty plan begins idle time, the next step ends it."""
+        if self.plan is None:
+            self._idle_since_s = now_s if self._idle_since_s is None else self._idle_since_s
+            return
+        self._began_s = now_s
+        if self._idle_since_s is not None:
+            self._idle_s += now_s - self._idle_since_s
+            self._idle_since_s = None
+
+    def spent(self, now_s: float) -> protocol.GpuSeconds:
+        """How its time was spent, without the step in hand."""
+        since_s = now_s if self._idle_since_s is None else self._idle_since_s
+        return self.gpu.spent(self._idle_s + now_s - since_s)
+
+    def busy_s(self, now_s: float) -> float:
+        """Age of the step in hand."""
+        return 0.0 if self.plan is None else now_s - self._began_s
+
     def live(self) -> list[protocol.LiveSequence]:
         """What it can go on with after a reconnect; a transfer in progress it cannot."""
         return [
@@ -133,19 +184,20 @@ class ModelledWorker:
             if item.phase == "running" and item.stage != "prefill"
         ]
 
-    def load(self) -> protocol.WorkerLoad:
+    def load(self, now_s: float) -> protocol.WorkerLoad:
         online = [item for item in self.sequences.values() if not item.is_batch]
         running = [item for item in online if item.phase == "running"]
         num_batch = len(self.sequences) - len(online)
-        online_s, self._online_s = self._online_s, 0.0
+        spent, told = self.spent(now_s), self._told
+        self._told = spent
         return protocol.WorkerLoad(
             role=self.role,
             step_index=self.num_steps,
             predicted_s=self._last_s,
             measured_s=self._last_s,
-            online_s=online_s,
-            batch_s=0.0,
-            idle_s=0.0,
+            online_s=max(0.0, spent.online_s - told.online_s),
+            batch_s=max(0.0, spent.batch_s - told.batch_s),
+            idle_s=max(0.0, spent.idle_s - told.idle_s),
             rows_online=len(running),
             rows_batch=num_batch,
             running_online=len(running),
@@ -161,4 +213,5 @@ class ModelledWorker:
             kv_blocks_cached=self.pool.num_cached,
             kv_blocks_held_batch=0,
             step_model=self.model.coefficients(),
+            spent=spent,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from controlplane import protocol
+from controlplane.protocol import GpuSeconds
 from gpuworkers import driver
 from gpuworkers.driver import IdleMeter, TaskDriver, ThreadDriver, Turn, call
 from gpuworkers.engine import Engine
@@ -152,3 +153,51 @@ def test_idle_seconds_are_taken_once() -> None:
     idle.stop(13.0)
     assert idle.take(20.0) == 0.5
     assert idle.take(21.0) == 0.0
+
+
+class CountingClock:
+    """A millisecond passes with every look at it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        with self._lock:
+            self.now_s += 0.001
+            return self.now_s
+
+
+async def test_every_second_of_the_engines_thread_is_work_or_idle() -> None:
+    """Between the end of a turn and the next one's start the clock is looked at twice: that much
+    is nobody's."""
+    engine, turns, clock = make_engine(), [], CountingClock()
+    runs = ThreadDriver(engine, clock, turns.append)
+    runs.start()
+    for index in range(5):
+        request_id = f"r{index}"
+        await call(runs, lambda: engine.assign(assign(request_id, [1, 2, 3], 20), 0.0))  # noqa: B023
+        await until(lambda: engine.is_idle() and runs.idle._since_s is not None)
+        clock.now_s += 0.5  # while the thread waits
+    await runs.stop()
+    spent = engine.load(runs.idle.take(clock.now_s)).spent
+    assert spent.online_s > 0.0 and spent.idle_s > 2.0 and spent.batch_s == 0.0
+    num_turns = len(turns)
+    assert 0.0 <= clock.now_s - spent.total_s <= 0.002 * (num_turns + 10)
+
+
+async def test_modelled_steps_count_for_as_long_as_they_really_took() -> None:
+    """The loop was late; the modelled seconds are less than those that passed."""
+    engine, turns = make_engine(), []
+    clock = asyncio.get_running_loop().time
+    began_s = clock()
+    runs = TaskDriver(engine, clock, turns.append)
+    runs.start()
+    await call(runs, lambda: engine.assign(assign("r", [1, 2, 3], 20), 0.0))
+    await until(lambda: bool(turns) and turns[-1].load.step_index == 20)
+    spent: GpuSeconds = turns[-1].load.spent
+    passed_s = clock() - began_s
+    await runs.stop()
+    modelled_s = sum(turn.load.measured_s for turn in turns if turn.sequences)
+    assert modelled_s < spent.online_s <= passed_s
+    assert spent.total_s <= passed_s
