@@ -41,7 +41,7 @@ class RequestFact:
     handoff_ms: float | None
     handoff_recomputed_tokens: int
     predicted_ttft_ms: float | None
-    decision: list[dict[str, Any]] = field(default_factory=list)  # decision records, oldest first
+    decision: dict[str, Any] = field(default_factory=dict)  # a controlplane.decisions.Explanation
     is_demo_history: bool = False
 
 

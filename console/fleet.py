@@ -23,6 +23,7 @@ from console.transport import CLOSE_POLICY, WorkerLink
 from console.writer import FactWriter
 from controlplane import domain, protocol
 from controlplane.contracts import Preview
+from controlplane.decisions import Explanation
 from controlplane.ledger import AccountView
 from controlplane.plane import ControlPlane
 
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 RESEND_AFTER_S = 0.5  # a gap in a request's output older than this is asked for again
 STALLED_AFTER_S = 2.0  # and older than this moves the request to another worker
 REQUESTS_MAX = 16_384  # running and queued; the plane's queues are smaller
-DECISIONS_MAX = 64  # decision records of one request; moves are fewer
 LINKS_MAX = 4_096  # open worker connections
 CLOSE_RESTARTING = 1012
 
@@ -78,6 +78,10 @@ class Fleet:
     def view(self) -> domain.ClusterView:
         """What pages show of the plane now."""
         return self._plane.view(self.now_s())
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Every decision about a request that runs or has ended not long ago."""
+        return self._plane.explain(request_id)
 
     def accounts(self) -> tuple[AccountView, ...]:
         """Contracts and where they stand, for pages and metrics."""
@@ -359,9 +363,7 @@ class Fleet:
                 )
 
     def _decided(self, live: LiveRequest, decided: domain.Decided) -> None:
-        if len(live.decisions) >= DECISIONS_MAX:
-            del live.decisions[1]  # the first says why it began where it did
-        live.decisions.append(decided.record)
+        live.waited_s = decided.record.waited_s
         if isinstance(decided.outcome, domain.Placed):
             live.placement, live.epoch = decided.outcome.placement, decided.outcome.epoch
         self._release(live)

@@ -32,6 +32,7 @@ from console.settling import Progress, fact_of, status_of
 from console.stops import OutputText
 from console.writer import FactWriter
 from controlplane import domain, protocol
+from controlplane.decisions import Explanation
 
 HASH_BLOCK_TOKENS = 16  # of the router's prefix index; workers' blocks are multiples of it
 EVENTS_SLACK = 64  # decisions that may wait beside one event per output token
@@ -52,6 +53,9 @@ class RequestFleet(Protocol):
     def finished(self, live: LiveRequest, status: str) -> None:
         """Once for each submit: forget the request (completed, cancelled or failed) and stop what
         a worker still does for it. After a stop string or a disconnect one still runs it."""
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Its decisions and their outcome, also when it has just ended."""
 
 
 class Gateway:
@@ -261,7 +265,8 @@ class Gateway:
         error_code: str = "",
     ) -> None:
         """Count and store a request that has just ended."""
-        fact = fact_of(spec, live, progress, self._fleet.now_s(), status, finish_reason, error_code)
+        now_s, explanation = self._fleet.now_s(), self._fleet.explain(live.request_id)
+        fact = fact_of(spec, live, progress, explanation, now_s, status, finish_reason, error_code)
         self._live.observe_request(fact)
         self._metrics.observe_fact(fact)
         self._writer.put(fact)

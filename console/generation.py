@@ -1,7 +1,7 @@
 """What passes between `/v1`, gateway and fleet: a generation's spec, its events, its output."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from console.facts import Endpoint
 from console.journal import Journal
@@ -35,7 +35,7 @@ class LiveRequest:
     epoch: int = 0
     progressed_epoch: int = 0  # the plane knows that this epoch has given an id
     placement: domain.Placement | None = None
-    decisions: list[domain.DecisionRecord] = field(default_factory=list)
+    waited_s: float | None = None  # for its newest decision
     cached_tokens: int = 0
     failovers: int = 0
     handoff_bytes: int = 0

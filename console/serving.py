@@ -57,6 +57,7 @@ class Serving:
         self._kappas = kappas.load()
         self._policy: Policy | None = None
         self._policy_from: Snapshot | None = None
+        self._classes: tuple[domain.SLOClass, ...] = ()
 
     def run(self, host: str, port: int) -> str:
         """Serve until drained; the reason when the server could not listen, else empty."""
@@ -117,11 +118,15 @@ class Serving:
             state.note_tick()
 
     def _renew_policy(self) -> None:
-        """Tell the workers when the SLO classes have changed."""
+        """Tell plane and workers when the SLO classes have changed."""
         snapshot = self.state.snapshot.current
         if snapshot is self._policy_from:
             return
         self._policy_from = snapshot
+        classes = tuple(facts.slo for facts in snapshot.classes.values())
+        if classes != self._classes:
+            self._classes = classes
+            self.state.fleet.handle(domain.ClassesSet(classes))
         policy = policies.policy_for(snapshot, self._kappas)
         if policy != self._policy:
             self._policy = policy

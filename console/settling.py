@@ -4,14 +4,11 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from console.facts import RequestFact, RequestStatus
 from console.generation import GenerateSpec, LiveRequest
 from controlplane import domain
-
-DECISIONS_MAX = 16  # decision records stored of one request: the first and the latest
-CANDIDATES_MAX = 16  # candidates stored of one record
+from controlplane.decisions import Explanation
 
 
 @dataclass(slots=True)
@@ -49,6 +46,7 @@ def fact_of(
     spec: GenerateSpec,
     live: LiveRequest,
     progress: Progress,
+    explanation: Explanation | None,
     now_s: float,
     status: RequestStatus,
     finish_reason: str,
@@ -57,9 +55,6 @@ def fact_of(
     placement, first_at_s = live.placement, progress.first_at_s
     start_s, placed_at_s = progress.arrived_at_s, progress.placed_at_s
     gaps_s = progress.gaps_s
-    decisions = live.decisions
-    if len(decisions) > DECISIONS_MAX:
-        decisions = [decisions[0], *decisions[1 - DECISIONS_MAX :]]
     return RequestFact(
         request_id=live.request_id,
         tenant_id=spec.tenant.tenant_id,
@@ -90,13 +85,5 @@ def fact_of(
         handoff_ms=live.handoff_ms if live.handoff_bytes else None,
         handoff_recomputed_tokens=live.handoff_recomputed_tokens,
         predicted_ttft_ms=None if placement is None else placement.predicted_ttft_s * 1000,
-        decision=[_decision_json(record) for record in decisions],
-    )
-
-
-def _decision_json(record: domain.DecisionRecord) -> dict[str, Any]:
-    """A decision record as stored: its best candidates only."""
-    ranked = sorted(record.candidates, key=lambda c: (not c.eligible, -c.score, c.worker_id))
-    return dataclasses.asdict(
-        dataclasses.replace(record, candidates=tuple(ranked[:CANDIDATES_MAX]))
+        decision=dataclasses.asdict(explanation) if explanation else {},
     )

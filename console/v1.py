@@ -313,7 +313,6 @@ def _placement_headers(live: LiveRequest) -> list[tuple[bytes, bytes]]:
     if live.placement is not None:
         headers.append((b"x-slackwater-worker", live.placement.decode_worker.encode()))
         headers.append((b"x-slackwater-split", live.placement.split.encode()))
-    if live.decisions:
-        waited_ms = live.decisions[-1].waited_s * 1000
-        headers.append((b"x-slackwater-queue-ms", b"%.1f" % waited_ms))
+    if live.waited_s is not None:
+        headers.append((b"x-slackwater-queue-ms", b"%.1f" % (live.waited_s * 1000)))
     return headers

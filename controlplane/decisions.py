@@ -2,7 +2,7 @@
 turned out. A request's records are kept while it lives and, bounded, for a while after its end."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
@@ -74,7 +74,7 @@ class Transfer:
 
     epoch: int
     bytes: int
-    seconds: float
+    took_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class DecisionBook:
     """Records by request: of live ones all up to a limit each, of ended ones the newest."""
 
     def __init__(self, config: ControlPlaneConfig) -> None:
-        self.classes: tuple[SLOClass, ...] = ()  # that are served
+        self._classes: tuple[SLOClass, ...] = ()
         self._config = config
         self._live: dict[str, _Story] = {}
         self._ended: OrderedDict[str, _Story] = OrderedDict()
@@ -138,8 +138,13 @@ class DecisionBook:
         return {
             "decided live": (len(self._live), config.requests_max),
             "decided": (len(self._ended), config.decided_max),
-            "classes": (len(self.classes), config.classes_max),
+            "classes": (len(self._classes), config.classes_max),
         }
+
+    def set_classes(self, classes: Iterable[SLOClass]) -> None:
+        """Those that are served; decisions are compared with the strictest of them."""
+        self._classes = tuple(sorted(classes, key=lambda slo: (slo.rank, slo.name)))
+        self._classes = self._classes[: self._config.classes_max]
 
     def add(self, request: GenerateRequest, record: DecisionRecord) -> None:
         story = self._live.get(request.request_id)
@@ -196,7 +201,7 @@ class DecisionBook:
             records_left_out=story.num_left_out,
             transfers=tuple(story.transfers),
             outcome=story.outcome,
-            counterfactuals=counterfactuals(last, slo, self.classes, self._config.late_margin),
+            counterfactuals=counterfactuals(last, slo, self._classes, self._config.late_margin),
         )
 
 
@@ -220,6 +225,6 @@ def _outcome(story: _Story, status: str, is_met: bool, finished: Finished | None
         ttft_s_p99_predicted=record.after_s + row.ttft_s_p99 if record and row else None,
         itl_s_p99=finished.itl_s_p99 if finished and finished.output_tokens > 1 else None,
         itl_s_predicted=placement.predicted_itl_s if placement else None,
-        transfer_s=transfers[-1].seconds if transfers else None,
+        transfer_s=transfers[-1].took_s if transfers else None,
         transfer_s_predicted=row.transfer_s if row and is_handoff else None,
     )

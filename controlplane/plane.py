@@ -76,8 +76,7 @@ class ControlPlane:
                 assert len(event.contracts) <= limit, (len(event.contracts), limit)
                 self._requests.ledger.set_contracts(event.contracts, event.spent)
             case domain.ClassesSet(classes):
-                assert len(classes) <= self._config.classes_max, len(classes)
-                self._requests.decisions.classes = classes
+                self._requests.decisions.set_classes(classes)
             case domain.PolicyChanged():
                 self._on_policy(event)
             case domain.ServerDraining():

@@ -56,7 +56,7 @@ def rule_for(path: PurePosixPath) -> Rule:
         impure = impure - {"time"} if stem == "__main__" else impure
         return Rule(
             ours=("controlplane", *pure_worker()),
-            outside=frozenset({"msgspec", "numpy"}),
+            outside=frozenset({"msgspec", "numpy", "pyarrow"}),
             standard_never=frozenset(impure),
         )
     if package == "controlplane" and stem in WIRE:

@@ -35,7 +35,7 @@ class RequestRecord(models.Model):
     handoff_ms = models.FloatField(null=True)
     handoff_recomputed_tokens = models.PositiveIntegerField(default=0)
     predicted_ttft_ms = models.FloatField(null=True)
-    decision = models.JSONField(default=list)  # decision records, oldest first
+    decision = models.JSONField(default=dict)  # controlplane.decisions.Explanation, or empty
     is_demo_history = models.BooleanField(default=False)
 
     class Meta:

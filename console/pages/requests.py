@@ -14,10 +14,10 @@ from django.utils import timezone
 from django.utils.http import urlencode
 from django.views.decorators.http import require_safe
 
-from console import livefeed, waterfall
+from console import explaining, livefeed, waterfall
 from console.auth import operator_required
 from console.forms import RANGES, HistoryFilter, known_classes
-from console.models import RequestRecord, SLOClassRow
+from console.models import RequestRecord
 from console.pages import cluster
 
 PAGE_ROWS = 50
@@ -148,22 +148,19 @@ def detail(request: HttpRequest, request_id: str) -> HttpResponse:
         running = running_row(request_id)
         if running is None:
             raise Http404(f"no request {request_id}")
-        return render(request, "console/request_live.html", {"page": "requests", "row": running})
-    slo = SLOClassRow.objects.filter(name=record.class_name).first()
-    target_ms = None if slo is None or slo.is_batch else slo.ttft_s_p99 * 1000
-    decisions = record.decision if isinstance(record.decision, list) else []
-    last_placed = next((d for d in reversed(decisions) if d.get("placement")), None)
+        explained = explaining.of_running(request_id) or {}
+        context = {"page": "requests", "row": running, **explained_context(explained)}
+        return render(request, "console/request_live.html", context)
+    explained = record.decision
+    target_s = explained.get("ttft_s_target")
+    target_ms = None if target_s is None else target_s * explaining.MS_PER_S
     context = {
         "page": "history",
         "record": record,
         "bars": waterfall.bars(record, target_ms),
         "target_ms": target_ms,
-        "itl_target_ms": None if slo is None or slo.is_batch else slo.itl_s_p99 * 1000,
-        "predicted_itl_s": None
-        if last_placed is None
-        else last_placed["placement"]["predicted_itl_s"],
-        "ttft_error": error_of(record.predicted_ttft_ms, record.ttft_ms),
-        "decisions": [decision_context(decision) for decision in decisions],
+        "comparisons": explaining.comparisons(explained),
+        **explained_context(explained),
     }
     return render(request, "console/request.html", context)
 
@@ -175,18 +172,10 @@ def running_row(request_id: str) -> dict[str, Any] | None:
     return next((row for row in rows if row["request_id"] == request_id), None)
 
 
-def decision_context(decision: dict[str, Any]) -> dict[str, Any]:
-    """A stored decision with its chosen workers marked."""
-    placement = decision.get("placement") or {}
-    chosen = {placement.get("prefill_worker"), placement.get("decode_worker")} - {None}
-    return {**decision, "chosen": chosen}
-
-
-def error_of(predicted: float | None, measured: float | None) -> str:
-    """How far a prediction was off, in words."""
-    if predicted is None or measured is None:
-        return ""
-    if measured <= 0 or abs(predicted - measured) < 0.5:
-        return "as predicted"
-    off = (measured - predicted) / measured
-    return f"{abs(off) * 100:.0f} % {'slower' if off > 0 else 'faster'} than predicted"
+def explained_context(explained: dict[str, Any]) -> dict[str, Any]:
+    """What `_decisions.html` shows."""
+    return {
+        "decisions": explaining.decision_rows(explained),
+        "left_out": explained.get("records_left_out", 0),
+        "counterfactuals": explained.get("counterfactuals", ()),
+    }

@@ -22,6 +22,9 @@ CANDIDATE = {
     "cached_tokens": 64,
     "free_blocks": 900,
     "score": 0.9,
+    "ttft_s_p99": 0.4,
+    "itl_added_s": 0.002,
+    "hit_blocks": 4,
 }
 DECISION = {
     "request_id": "r1",
@@ -42,6 +45,47 @@ DECISION = {
     "candidates": [
         CANDIDATE,
         {**CANDIDATE, "worker_id": "w3", "eligible": False, "reason": "draining", "score": 0.0},
+    ],
+    "tier": "guaranteed",
+    "bound": "cost",
+    "cause": "submitted",
+    "after_s": 0.02,
+    "retry_after_s": None,
+}
+OUTCOME = {
+    "status": "completed",
+    "is_met": True,
+    "output_tokens": 20,
+    "ttft_s": 0.3,
+    "ttft_s_predicted": 0.33,
+    "ttft_s_p99_predicted": 0.42,
+    "itl_s_p99": 0.025,
+    "itl_s_predicted": 0.02,
+    "transfer_s": 0.012,
+    "transfer_s_predicted": 0.01,
+}
+EXPLAINED = {
+    "request_id": "r1",
+    "tenant_id": "acme",
+    "model_id": "m",
+    "class_name": "interactive",
+    "prompt_tokens": 400,
+    "output_tokens_max": 64,
+    "ttft_s_target": 0.5,
+    "itl_s_target": 0.03,
+    "records": [DECISION],
+    "records_left_out": 0,
+    "transfers": [{"epoch": 1, "bytes": 5 << 20, "took_s": 0.012}],
+    "outcome": OUTCOME,
+    "counterfactuals": [
+        {
+            "kind": "class",
+            "name": "flex",
+            "is_met": True,
+            "ttft_s": 0.42,
+            "itl_s": 0.02,
+            "text": "flex: in time",
+        }
     ],
 }
 
@@ -78,7 +122,7 @@ def make_record(request_id="r1", **changes):
         "handoff_bytes": 5 << 20,
         "handoff_ms": 10.0,
         "predicted_ttft_ms": 310.0,
-        "decision": [DECISION],
+        "decision": EXPLAINED,
     }
     return RequestRecord.objects.create(request_id=request_id, **(values | changes))
 

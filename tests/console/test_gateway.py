@@ -9,7 +9,6 @@ import pytest
 from console.gateway import EVENTS_SLACK, HASH_BLOCK_TOKENS, MERGE_TOKENS_MAX
 from console.generation import Completion, Delta, Refusal, Tokens
 from console.requests import parse_completion, spec_of
-from console.settling import CANDIDATES_MAX, DECISIONS_MAX
 from console.tokens import Tokenizers
 from controlplane import domain, protocol
 from tests.console.memoryserver import (
@@ -162,23 +161,14 @@ async def test_batch_class_reaches_worker_and_fact():
     assert fact.is_batch and fact.class_name == "batch" and fact.service_tier == "batch"
 
 
-async def test_stored_decisions_are_bounded_with_the_first_and_the_latest():
+async def test_the_stored_decisions_hold_the_outcome_of_the_end_that_stored_them():
     server = MemoryServer("abc")
-    live = server.gateway.prepare(make_spec())
-    candidate = domain.Candidate("w1", "mixed", True, "", 0, 0, 0, 0, 0, 0, 0, 0.5)
-    many = tuple(replace(candidate, score=i / 100) for i in range(2 * CANDIDATES_MAX))
-    for epoch in range(3 * DECISIONS_MAX):
-        live.decisions.append(
-            domain.DecisionRecord(live.request_id, epoch, "queued", "r", "s", 0.0, 1, 1, None, many)
-        )
-    async with aclosing(server.gateway.generate(make_spec(), live)) as stream:
-        async for _ in stream:
-            pass
+    completion = await server.gateway.collect(make_spec())
     stored = server.request_facts()[0].decision
-    assert len(stored) == DECISIONS_MAX
-    assert stored[0]["epoch"] == 0 and stored[-1]["outcome"] == "placed"
-    assert len(stored[0]["candidates"]) == CANDIDATES_MAX
-    assert stored[0]["candidates"][0]["score"] == (2 * CANDIDATES_MAX - 1) / 100
+    assert [record["outcome"] for record in stored["records"]] == ["placed"]
+    assert stored["outcome"]["status"] == "completed"
+    assert stored["outcome"]["output_tokens"] == len(completion.token_ids)
+    assert stored["outcome"]["ttft_s_predicted"] > 0.0
 
 
 async def test_request_that_waited_too_long_is_expired():

@@ -9,10 +9,8 @@ import pytest
 from django.utils import timezone
 
 from console import state, waterfall
-from console.models import SLOClassRow
-from console.models.fleet import ensure_default_classes
 from console.pages import requests
-from tests.console.pagecast import DECISION, client_of, make_record
+from tests.console.pagecast import DECISION, EXPLAINED, OUTCOME, client_of, make_record
 from tests.console.pageserver import PageServer
 
 pytestmark = pytest.mark.django_db
@@ -118,60 +116,51 @@ def test_an_empty_result_says_so(operator):
 
 def test_the_detail_shows_each_decision_with_its_candidates(operator):
     moved = {**DECISION, "epoch": 2, "reason": "w2 was lost: moved to w3", "candidates": []}
-    make_record(decision=[DECISION, moved], failovers=1)
+    moved["cause"] = "failover"
+    make_record(decision={**EXPLAINED, "records": [DECISION, moved]}, failovers=1)
     text = operator.get("/requests/r1/").content.decode()
     assert DECISION["reason"] in text and DECISION["split_reason"] in text
-    assert "w2 was lost: moved to w3" in text
+    assert "w2 was lost: moved to w3" in text and ">its worker was lost<" in text
+    assert "the cheapest, and of equals the fullest" in text
     assert text.count('class="chosen"') == 1 and " barred" in text and ">draining<" in text
 
 
 def test_the_detail_compares_promise_prediction_and_outcome(operator):
-    ensure_default_classes()
-    make_record(ttft_ms=620.0)
+    make_record(decision={**EXPLAINED, "outcome": {**OUTCOME, "ttft_s": 0.66}})
     text = operator.get("/requests/r1/").content.decode()
-    assert 'class="num over">620 ms' in text and ">500 ms<" in text and ">310 ms<" in text
-    assert "50 % slower than predicted" in text
+    assert 'class="num over">660 ms' in text and ">500 ms<" in text and ">330 ms<" in text
+    assert "TTFT 50 % slower than predicted" in text and "KV transfer" in text
 
 
-def test_a_deleted_class_leaves_the_targets_open(operator):
-    make_record(class_name="gone")
-    assert operator.get("/requests/r1/").context["target_ms"] is None
+def test_the_detail_says_what_else_could_have_been(operator):
+    make_record()
+    text = operator.get("/requests/r1/").content.decode()
+    assert "What else could have been" in text and "flex: in time" in text
+
+
+def test_records_that_were_not_kept_are_counted(operator):
+    make_record(decision={**EXPLAINED, "records_left_out": 3})
+    assert "3 more decisions followed" in operator.get("/requests/r1/").content.decode()
 
 
 def test_a_batch_class_has_no_latency_target(operator):
-    ensure_default_classes()
-    make_record(class_name="batch", is_batch=True)
-    assert SLOClassRow.objects.get(name="batch").is_batch
+    make_record(decision={**EXPLAINED, "ttft_s_target": None, "itl_s_target": None})
     assert operator.get("/requests/r1/").context["target_ms"] is None
 
 
 def test_a_refused_request_says_that_nothing_was_measured(operator):
     never = dict.fromkeys(("queue_ms", "ttft_ms", "itl_ms_mean", "itl_ms_p99", "handoff_ms"))
     never["finish_reason"] = ""
-    make_record(status="rejected", error_code="queue_full", e2e_ms=0.0, decision=[], **never)
+    make_record(status="rejected", error_code="queue_full", e2e_ms=0.0, decision={}, **never)
     text = operator.get("/requests/r1/").content.decode()
     assert "Nothing was measured" in text and "No decision record" in text and "queue_full" in text
 
 
 def test_text_of_a_decision_cannot_become_markup(operator):
-    make_record(decision=[{**DECISION, "reason": "<script>alert(1)</script>"}])
+    bad = {**DECISION, "reason": "<script>alert(1)</script>"}
+    make_record(decision={**EXPLAINED, "records": [bad]})
     text = operator.get("/requests/r1/").content.decode()
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
-
-
-@pytest.mark.parametrize(
-    ("predicted", "measured", "words"),
-    [
-        (None, 5.0, ""),
-        (5.0, None, ""),
-        (5.0, 5.2, "as predicted"),
-        (100.0, 200.0, "50 % slower than predicted"),
-        (300.0, 200.0, "50 % faster than predicted"),
-        (3.0, 0.0, "as predicted"),
-    ],
-)
-def test_the_error_of_a_prediction_is_said_in_words(predicted, measured, words):
-    assert requests.error_of(predicted, measured) == words
 
 
 # --- waterfall ---
@@ -184,10 +173,15 @@ def spans(record, target_ms=None):
 def test_the_phases_of_a_handoff_fill_the_whole_request():
     assert spans(make_record()) == [
         ("queue", 0.0, 2.0),
-        ("prefill", 2.0, 28.0),
-        ("transfer", 30.0, 1.0),
-        ("decode", 31.0, 69.0),
+        ("prefill", 2.0, 27.0),
+        ("transfer", 29.0, 1.0),
+        ("decode", 30.0, 70.0),
     ]
+
+
+def test_a_transfer_that_began_with_the_prefill_hides_it():
+    phases = spans(make_record(handoff_ms=5000.0))
+    assert phases[1:3] == [("prefill", 2.0, 0.0), ("transfer", 2.0, 28.0)]
 
 
 def test_a_local_request_has_no_transfer():
@@ -208,7 +202,7 @@ def test_a_request_cancelled_in_its_prefill_has_no_decode():
 @pytest.mark.parametrize(("target_ms", "percent"), [(500.0, 50.0), (1000.0, 100.0), (1001.0, None)])
 def test_the_target_stands_where_it_lies_inside_the_request(target_ms, percent):
     bars = waterfall.bars(make_record(), target_ms)
-    assert [bar.target_percent for bar in bars] == [percent, percent, None, None]
+    assert [bar.target_percent for bar in bars] == [percent, percent, percent, None]
 
 
 # --- live ---
@@ -250,3 +244,4 @@ def test_a_request_in_flight_is_on_the_live_page_and_has_a_page(operator, monkey
         server.close()
     assert f'href="/requests/{request_id}/"' in live and "acme" in live
     assert "In flight" in one and request_id in one
+    assert "the only worker that could take it" in one

@@ -506,7 +506,7 @@ async def test_a_finished_request_is_counted_and_stored_once_before_its_last_byt
     )
     assert fact.split == "local" and fact.decode_worker == "w1"
     assert 0 <= fact.queue_ms <= fact.ttft_ms <= fact.e2e_ms
-    assert fact.itl_ms_p99 is not None and fact.decision[0]["outcome"] == "placed"
+    assert fact.itl_ms_p99 is not None and fact.decision["records"][0]["outcome"] == "placed"
     assert json.dumps(fact.decision)
     assert fact.arrived_at.tzinfo is not None
     counters = server.live.frame(server.fleet.now_s())["counters"]

@@ -46,7 +46,7 @@ def fact(request_id: str, **values: Any) -> RequestFact:
         "arrived_at": AT,
         "e2e_ms": 12.5,
         "handoff_ms": 0.0,
-        "decision": [{"reason": "only worker"}],
+        "decision": {"records": []},
     }
     return RequestFact(**{**fields, **values})
 
@@ -66,7 +66,7 @@ def test_facts_are_there_after_a_flush(writer: FactWriter) -> None:
     asyncio.run(writer.flush())
     assert RequestRecord.objects.count() == 700
     row = RequestRecord.objects.get(request_id="r7")
-    assert (row.e2e_ms, row.decision, row.arrived_at) == (12.5, [{"reason": "only worker"}], AT)
+    assert (row.e2e_ms, row.decision, row.arrived_at) == (12.5, {"records": []}, AT)
     assert PlanRecord.objects.get().reason == "more prompts"
     assert (writer.num_written, writer.num_waiting, writer.num_dropped) == (701, 0, 0)
 

@@ -49,7 +49,7 @@ def test_a_handed_off_prompt_tells_its_transfer_apart_and_compares_it_with_the_o
     told = story(rig)
     (record,) = told.records
     assert record.candidates[0].transfer_s > 0.0
-    assert [(item.bytes, item.seconds) for item in told.transfers] == [(28_000_000, 0.25)]
+    assert [(item.bytes, item.took_s) for item in told.transfers] == [(28_000_000, 0.25)]
     assert told.outcome.transfer_s == 0.25
     assert told.outcome.transfer_s_predicted == record.candidates[0].transfer_s
     assert told.outcome.ttft_s_predicted == record.placement.predicted_ttft_s
@@ -134,6 +134,15 @@ def test_the_next_best_worker_and_each_class_are_told():
     assert told["worker", "w2"].is_met
     assert told["class", "standard"].is_met and not told["class", "tight"].is_met
     assert "late, TTFT p99" in told["class", "tight"].text
+
+
+def test_no_more_classes_are_compared_than_the_limit_and_the_strictest_stay():
+    rig = Rig(classes_max=2)
+    rig.handle(domain.ClassesSet((BATCH, STANDARD, TIGHT)))
+    rig.join("mixed")
+    rig.submit()
+    names = [item.name for item in story(rig).counterfactuals if item.kind == "class"]
+    assert names == ["tight", "standard"]
 
 
 def test_a_refusal_for_lateness_keeps_its_candidates_and_says_what_would_have_let_it_in():
