@@ -19,6 +19,8 @@ VERSION = 1
 FRAME_BYTES_MAX = 1 << 20
 CREDIT_FRAMES = 256  # frames that a worker may send before the console acknowledges some
 RESEND_TOKENS_MAX = 8192  # ids of one sequence that a worker keeps for `Resend`
+GRAMMAR_FUEL_MAX = 1_000_000  # llguidance's units for building a grammar's lexer, about 20 ms
+GRAMMAR_ITEMS_MAX = 50_000  # Earley items of one mask, about 2.5 ms
 
 Role = Literal["prefill", "decode", "mixed"]
 Stage = Literal["full", "prefill", "decode"]
@@ -317,6 +319,11 @@ class Sampling(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     min_p: float = 0.0  # 0: off
     logprobs: int | None = None  # likeliest ids to report beside each id; None: no logprobs
+    presence_penalty: float = 0.0  # subtracted once from the logit of each id of the output so far
+    frequency_penalty: float = 0.0  # subtracted as often as the output so far has the id
+    repetition_penalty: float = 1.0  # divides logits above 0 of ids seen, multiplies those below
+    logit_bias: dict[int, float] = {}  # added to the logits of these ids
+    grammar: str = ""  # what the output must match, in llguidance's JSON form; empty: anything
 
 
 class ClassTargets(msgspec.Struct, frozen=True):

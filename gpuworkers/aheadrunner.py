@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from gpuworkers.engine import RunResult
+from gpuworkers.grammar import Grammars
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.runner import TorchRunner
 from gpuworkers.sampler import edit, logprobs_of, sampling_table
@@ -49,8 +50,10 @@ class _Ahead:
 class AheadRunner(TorchRunner):
     """See engine.Runner, module. `num_ahead` counts steps launched, `num_taken` rows used."""
 
-    def __init__(self, stepper: GraphStepper, kv: TorchKVCache) -> None:
-        super().__init__(stepper, kv)
+    def __init__(
+        self, stepper: GraphStepper, kv: TorchKVCache, grammars: Grammars | None = None
+    ) -> None:
+        super().__init__(stepper, kv, grammars)
         self._graphs = stepper
         self._ahead: _Ahead | None = None
         self.num_ahead = 0
@@ -64,7 +67,7 @@ class AheadRunner(TorchRunner):
             if not sampling:
                 self.kv.synchronize()
                 return RunResult([])
-            edited = edit(logits, sampling, self.eos_token_ids)
+            edited = edit(logits, sampling, self.eos_token_ids, self._grammars)
             params = self._graphs.ops.sampling_params(sampling_table(sampling))
             ids = self._graphs.ops.sample_ids(edited, params)
             read = self._start_reading(ids)

@@ -10,6 +10,7 @@ from controlplane.latency import LatencyModel
 from gpuworkers import gpumodel
 from gpuworkers.aheadrunner import AheadRunner
 from gpuworkers.gpu import library, open_gpu
+from gpuworkers.grammar import Grammars
 from gpuworkers.models.config import read_config
 from gpuworkers.runner import Shapes, TorchRunner, calibrate
 from gpuworkers.weights import WeightFiles
@@ -41,7 +42,8 @@ def load(
     files = WeightFiles(folder, device)
     with torch.cuda.device(device):
         stepper, kv = gpumodel.place(config, files, ops, device, room, gpumodel.capture_into_pool())
-    runner = AheadRunner(stepper, kv)
+    grammars = Grammars.of_folder(folder, config.vocab_size, config.eos_token_ids)
+    runner = AheadRunner(stepper, kv, grammars)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // gpumodel.BLOCK_TOKENS
     max_model_len = min(config.max_model_len, kv.num_blocks * gpumodel.BLOCK_TOKENS)
     facts = protocol.ModelFacts(

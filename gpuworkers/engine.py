@@ -44,6 +44,11 @@ class Runner(Protocol):
     kv: KVStore
     eos_token_ids: frozenset[int]
 
+    @property
+    def can_guide(self) -> bool:
+        """Whether it knows the text of ids, so that a grammar can choose among them."""
+        ...
+
     def run(
         self, plan: scheduler.Plan, layer_written: Callable[[int], None] | None = None
     ) -> RunResult:
@@ -140,6 +145,8 @@ class Engine:
             return "draining"
         if message.model_id != self.model.model_id:
             return "unknown_model"
+        if message.sampling.grammar and not self.runner.can_guide:
+            return "no_grammar"
         ids = sequence.token_ids
         if not message.prompt_ids or not 0 <= min(ids) <= max(ids) < self.model.vocab_size:
             return "bad_token_ids"

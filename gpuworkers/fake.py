@@ -105,6 +105,7 @@ class FakeRunner:
     """Runner in modelled time."""
 
     eos_token_ids = frozenset({EOS_TOKEN_ID})
+    can_guide = False  # drawn ids have no text that a grammar could match
 
     def __init__(self, kv: FakeKV, step: protocol.StepModel) -> None:
         self.kv = kv

@@ -14,6 +14,7 @@ from controlplane.errors import ConfigError
 from controlplane.latency import LatencyModel, StepFeatures
 from gpuworkers.calibration import faster_dtype, fit_step_model, memory_bytes, processor_name
 from gpuworkers.engine import RunResult
+from gpuworkers.grammar import Grammars
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.models.config import LlamaConfig, read_config
 from gpuworkers.models.llama import load_llama
@@ -44,13 +45,21 @@ CALIBRATION_REPEATS = 2
 class TorchRunner:
     """See engine.Runner. Not thread safe: one engine thread."""
 
-    def __init__(self, stepper: Stepper | GraphStepper, kv: TorchKVCache) -> None:
+    def __init__(
+        self, stepper: Stepper | GraphStepper, kv: TorchKVCache, grammars: Grammars | None = None
+    ) -> None:
         self.stepper = stepper
         self.model = stepper.model
         self.ops = stepper.ops
         self.kv = kv
         self.eos_token_ids = self.model.config.eos_token_ids
         self._tables = BlockTables()
+        self._grammars = grammars
+
+    @property
+    def can_guide(self) -> bool:
+        """See engine.Runner."""
+        return self._grammars is not None
 
     def run(self, plan: Plan, layer_written: LayerWritten | None = None) -> RunResult:
         """Compute the plan's rows and draw the ids of those that sample. Raises DeviceFailed."""
@@ -60,7 +69,7 @@ class TorchRunner:
             if not sampling:
                 self.kv.synchronize()
                 return RunResult([])
-            edited = edit(logits, sampling, self.eos_token_ids)
+            edited = edit(logits, sampling, self.eos_token_ids, self._grammars)
             token_ids = self.ops.sample(edited, sampling_table(sampling))
             return RunResult(token_ids, logprobs_of(self.ops, logits, sampling, token_ids))
 
@@ -118,7 +127,8 @@ def load(
         if numerics == "exact":
             ops = backend.exact(ops, model.packed_shapes(), chosen, model.heads)
         kv = TorchKVCache(config.num_layers, num_blocks, BLOCK_TOKENS, model.heads, chosen)
-    runner = TorchRunner(Stepper(model, ops, kv.layers, BLOCK_TOKENS), kv)
+    grammars = Grammars.of_folder(folder, config.vocab_size, config.eos_token_ids)
+    runner = TorchRunner(Stepper(model, ops, kv.layers, BLOCK_TOKENS), kv, grammars)
     bytes_per_token = kv.layer_block_bytes * config.num_layers // BLOCK_TOKENS
     facts = protocol.ModelFacts(
         model_id, files.sha256(), max_model_len, config.vocab_size, bytes_per_token

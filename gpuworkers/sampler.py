@@ -1,18 +1,22 @@
 """From sequences to a sampling table: parameters, edits of logits, and one keyed draw per row.
 
-An edit is a number added to one logit of one row. It follows from the sequence alone, its sampling
-parameters and its ids so far, so a resumed sequence gets the same edits; masks add minus infinity.
+An edit follows from the sequence alone, its sampling parameters and its ids so far, so a resumed
+sequence gets the same edits. In this order: the repetition penalty scales logits of ids seen
+(Keskar et al. 2019, CTRL), penalties and biases are added as OpenAI's API describes them, a
+grammar forbids what it cannot continue with.
 The draw of output index i is Philox4x64 with key (seed, choice index) and counter i (Salmon et al.
 2011, SC11), so whichever worker computes the token draws the same number.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection
 
 import numpy as np
 import torch
 
 from controlplane.protocol import TokenLogprobs
+from gpuworkers.grammar import WORD_BITS, Grammars
 from gpuworkers.sequence import Sequence
 from kernels.ops import Ops, SamplingTable
 
@@ -43,18 +47,28 @@ def sampling_table(sequences: list[Sequence]) -> SamplingTable:
 
 
 def edits_of(sequence: Sequence, eos_token_ids: Collection[int]) -> dict[int, float]:
-    """What to add to which logit for the next output id; new kinds of edits are added here."""
+    """What to add to which logit for the next output id."""
     sampling = sequence.sampling
-    if sequence.output_tokens + 1 >= sampling.output_tokens_min:
-        return {}
-    ends = [] if sampling.ignore_eos else list(eos_token_ids)
-    return dict.fromkeys([*ends, *sampling.stop_token_ids], -math.inf)
+    edits = dict(sampling.logit_bias)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        for token_id, count in Counter(sequence.output_ids).items():
+            penalty = sampling.presence_penalty + count * sampling.frequency_penalty
+            edits[token_id] = edits.get(token_id, 0.0) - penalty
+    if sequence.output_tokens + 1 < sampling.output_tokens_min:
+        ends = [] if sampling.ignore_eos else list(eos_token_ids)
+        edits |= dict.fromkeys([*ends, *sampling.stop_token_ids], -math.inf)
+    return edits
 
 
 def edit(
-    logits: torch.Tensor, sequences: list[Sequence], eos_token_ids: Collection[int]
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    eos_token_ids: Collection[int],
+    grammars: Grammars | None = None,
 ) -> torch.Tensor:
-    """The logits (rows, vocab) with all edits; the given ones are not changed."""
+    """The logits (rows, vocab) with all edits; the given ones are not changed. A row whose grammar
+    allows nothing becomes minus infinity throughout, from which no id can be drawn."""
+    logits = _scale_seen(logits, sequences)
     rows: list[int] = []
     ids: list[int] = []
     values: list[float] = []
@@ -63,11 +77,46 @@ def edit(
         rows += [row] * len(edits)
         ids += edits.keys()
         values += edits.values()
+    if rows:
+        places = torch.tensor([rows, ids], device=logits.device)
+        added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        logits = logits.index_put((places[0], places[1]), added, accumulate=True)
+    return logits if grammars is None else _forbid(logits, sequences, grammars)
+
+
+def _scale_seen(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    rows: list[int] = []
+    ids: list[int] = []
+    values: list[float] = []
+    for row, sequence in enumerate(sequences):
+        penalty = sequence.sampling.repetition_penalty
+        if penalty != 1.0:
+            seen = sorted(set(sequence.token_ids))
+            rows += [row] * len(seen)
+            ids += seen
+            values += [penalty] * len(seen)
     if not rows:
         return logits
     places = torch.tensor([rows, ids], device=logits.device)
-    added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
-    return logits.index_put((places[0], places[1]), added, accumulate=True)
+    penalties = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    found = logits[places[0], places[1]]
+    scaled = torch.where(found > 0, found / penalties, found * penalties)
+    return logits.index_put((places[0], places[1]), scaled)
+
+
+def _forbid(logits: torch.Tensor, sequences: list[Sequence], grammars: Grammars) -> torch.Tensor:
+    """Minus infinity for ids that a row's grammar does not allow next."""
+    guided = [row for row, sequence in enumerate(sequences) if sequence.sampling.grammar]
+    if not guided:
+        return logits
+    words = grammars.masks([sequences[row] for row in guided])
+    bits = torch.from_numpy(words).to(logits.device)[:, :, None] >> torch.arange(
+        WORD_BITS, dtype=torch.int32, device=logits.device
+    )
+    allowed = (bits & 1).bool().flatten(1)[:, : logits.shape[1]]
+    index = torch.tensor(guided, device=logits.device)
+    kept = torch.where(allowed, logits[index], torch.full_like(logits[:1], -math.inf))
+    return logits.index_copy(0, index, kept)
 
 
 def logprobs_of(

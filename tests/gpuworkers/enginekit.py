@@ -64,6 +64,7 @@ class ScriptedRunner:
     """Ids are a function of the tokens before, like a model's; `script` overrides them by index."""
 
     eos_token_ids = frozenset({EOS})
+    can_guide = False
 
     def __init__(self, num_blocks: int = 64) -> None:
         self.kv = ScriptedKV(num_blocks)

@@ -63,3 +63,30 @@ def test_ends_are_forbidden_until_the_minimum_is_reached():
     assert forbidden == [[EOS], [], [EOS, 9], [], []]
     assert not logits.any()  # what the model gave is what logprobs are taken from
     assert edit(logits, rows[4:], {EOS}) is logits
+
+
+def test_penalties_count_the_output_and_biases_are_added():
+    rows = [
+        sequence(outputs=2, presence_penalty=0.5, frequency_penalty=0.25),
+        sequence(outputs=0, presence_penalty=0.5, frequency_penalty=0.25),
+        sequence(outputs=2, presence_penalty=-1.0, logit_bias={60: 3.0, 7: -100.0}),
+    ]
+    edited = edit(torch.zeros(3, 64), rows, {EOS})
+    expected = torch.zeros(3, 64)
+    expected[0, 60] = -(0.5 + 2 * 0.25)
+    expected[2, 60] = 3.0 + 1.0
+    expected[2, 7] = -100.0
+    assert torch.equal(edited, expected)
+
+
+def test_the_repetition_penalty_scales_every_id_seen_towards_unlikely():
+    row = sequence(outputs=1, repetition_penalty=2.0)
+    seen = sorted(set(row.token_ids))
+    logits = torch.ones(1, 64)
+    logits[0, seen[0]] = -1.0
+    edited = edit(logits, [row], {EOS})
+    expected = logits.clone()
+    expected[0, seen] = 0.5
+    expected[0, seen[0]] = -2.0
+    assert torch.equal(edited, expected)
+    assert edit(logits, [sequence(outputs=1)], {EOS}) is logits
