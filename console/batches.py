@@ -200,7 +200,7 @@ class BatchFeeder:
         )
         if isinstance(spec, ApiError):
             return batchlines.of_error(spec)
-        return batchlines.of_outcome(line, await self._gateway.collect(spec))
+        return batchlines.of_outcome(line, spec.shape, await self._gateway.collect(spec))
 
     async def _give_back(self) -> None:
         """Stop what runs and release it; a kill instead of a stop leaves this to the next run."""

@@ -9,7 +9,8 @@ import msgspec
 
 from console.apierrors import ApiError, invalid, of_rejection
 from console.batchclaims import ClaimedLine
-from console.gateway import Completion, GenerateSpec, Refusal
+from console.generation import Completion, GenerateSpec, Refusal, Shape
+from console.grammars import grammar_refused
 from console.requests import parse_chat, parse_completion, spec_of
 from console.snapshot import Snapshot
 from console.sse import Envelope, GenerateEndpoint, body_json
@@ -59,6 +60,11 @@ def spec_of_line(
         return parsed
     if parsed.stream:
         return invalid("Batch lines cannot stream.", "stream")
+    if parsed.num_choices > 1:
+        return invalid("A batch line has one choice; send it n times.", "n")
+    problem = tokenizers.grammars.check(parsed.sampling.grammar)
+    if problem:
+        return grammar_refused(problem)
     sampling = parsed.sampling
     if not parsed.is_seeded:
         sampling = msgspec.structs.replace(sampling, seed=_seed(line))
@@ -72,7 +78,7 @@ def spec_of_line(
     )
 
 
-def of_outcome(line: ClaimedLine, outcome: Completion | Refusal) -> Answer | NotNow:
+def of_outcome(line: ClaimedLine, shape: Shape, outcome: Completion | Refusal) -> Answer | NotNow:
     """What the gateway gave, as stored."""
     if isinstance(outcome, Refusal):
         error = of_rejection(outcome.rejected, "batch")
@@ -82,7 +88,7 @@ def of_outcome(line: ClaimedLine, outcome: Completion | Refusal) -> Answer | Not
     response = {
         "status_code": 200,
         "request_id": outcome.request_id,
-        "body": body_json(envelope, outcome),
+        "body": body_json(envelope, [outcome], shape),
     }
     return Answer("completed", outcome.request_id, response, None)
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 RequestStatus = Literal["completed", "cancelled", "failed", "rejected", "expired"]
-Endpoint = Literal["chat", "completions", "batch"]
+Endpoint = Literal["chat", "completions", "responses", "batch"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,41 +8,10 @@ from typing import Any, NoReturn
 
 from console.apierrors import ApiError, invalid
 from console.caps import quote
+from console.parameters import Parameter
 
 PARAM_CHARS_MAX = 128  # of a field's name in `param`
 METADATA_PAIRS_MAX, METADATA_KEY_CHARS_MAX, METADATA_VALUE_CHARS_MAX = 16, 64, 512
-
-# Accepted for OpenAI clients, type-checked where OpenAI does, and without effect here.
-_IGNORED = (
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "store",
-)
-# Features that are not served: only the value that means "off" passes, as null does.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "web_search_options": (),
-}
 
 
 class Refused(Exception):
@@ -60,8 +29,18 @@ def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
 class Fields:
     """The fields of one body; each is taken once, and what nobody took is unknown."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
+    def __init__(
+        self, body: Mapping[str, Any], table: Mapping[str, Parameter], where: str = ""
+    ) -> None:
+        """`where` names an object inside of the body. Raises Refused for a field that the table
+        does not name."""
+        for name in body:
+            if name not in table:
+                place = f"{where}." if where else ""
+                param = where or name[:PARAM_CHARS_MAX]
+                refuse(f"Unknown field: {place}{quote(name)}.", param, "unknown_parameter")
         self._left = dict(body)
+        self._table = table
 
     def take(self, name: str) -> Any:
         """The value, or None when it is absent: null and absent mean the same everywhere."""
@@ -88,16 +67,15 @@ class Fields:
         return bool(value)
 
     def end(self) -> None:
-        """Drop what has no effect here, refuse what would have one, name what is unknown."""
+        """Drop what has no effect here, refuse what would have one."""
         _check_labels(self.take("user"), self.take("metadata"))
-        for name in _IGNORED:
-            self.take(name)
-        for name, off_values in _OFF.items():
-            value = self.take(name)
-            if value is not None and not any(_is_same(value, off) for off in off_values):
-                refuse(f"{name} is not supported.", name, "unsupported_parameter")
-        for name in self._left:
-            refuse(f"Unknown field: {quote(name)}.", name[:PARAM_CHARS_MAX], "unknown_parameter")
+        for name, value in self._left.items():
+            parameter = self._table[name]
+            assert parameter.kind != "used", f"nobody took {name}"
+            is_off = value is None or any(_is_same(value, off) for off in parameter.off)
+            if parameter.kind == "refused" and not is_off:
+                message = f"{name} is not supported: {parameter.note}."
+                refuse(message, name, "unsupported_parameter")
 
 
 def _is_same(value: Any, off: Any) -> bool:

@@ -194,7 +194,12 @@ class Fleet:
             live.cached_tokens = max(live.cached_tokens, report.cached_tokens)
         was_finished = journal.finish_reason is not None
         fresh = journal.accept(
-            report.epoch, report.seq, report.token_ids, self.now_s(), report.finish_reason
+            report.epoch,
+            report.seq,
+            report.token_ids,
+            self.now_s(),
+            report.finish_reason,
+            report.logprobs,
         )
         finish_reason = None if was_finished else journal.finish_reason
         if fresh and live.epoch > 1 and live.progressed_epoch != live.epoch:

@@ -165,10 +165,14 @@ class Gateway:
         if kept:
             self._observe(spec, live, progress, len(kept))
         finish_reason = "stop" if piece.is_stopped else end
-        if finish_reason is None:
-            return Delta(piece.text, seq, kept)
-        usage = Usage(len(spec.prompt_ids), progress.output_tokens, live.cached_tokens)
-        return Delta(piece.text, seq, kept, finish_reason, usage)
+        usage = None
+        if finish_reason is not None:
+            usage = Usage(len(spec.prompt_ids), progress.output_tokens, live.cached_tokens)
+        logprobs: tuple[protocol.TokenLogprobs | None, ...] = ()
+        if spec.sampling.logprobs is not None:
+            known = live.journal.logprobs
+            logprobs = tuple(known.get(index) for index in range(seq, seq + len(kept)))
+        return Delta(piece.text, seq, kept, finish_reason, usage, logprobs)
 
     async def collect(
         self, spec: GenerateSpec, live: LiveRequest | None = None
@@ -177,6 +181,7 @@ class Gateway:
         live = self.prepare(spec) if live is None else live
         texts: list[str] = []
         token_ids: list[int] = []
+        logprobs: list[protocol.TokenLogprobs | None] = []
         stream = self.generate(spec, live)
         try:
             async for item in stream:
@@ -184,9 +189,15 @@ class Gateway:
                     return item
                 texts.append(item.text)
                 token_ids += item.token_ids
+                logprobs += item.logprobs
                 if item.finish_reason is not None and item.usage is not None:
                     return Completion(
-                        live.request_id, "".join(texts), token_ids, item.finish_reason, item.usage
+                        live.request_id,
+                        "".join(texts),
+                        token_ids,
+                        item.finish_reason,
+                        item.usage,
+                        logprobs,
                     )
         finally:
             await stream.aclose()

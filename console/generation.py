@@ -1,12 +1,14 @@
 """What passes between `/v1`, gateway and fleet: a generation's spec, its events, its output."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from console.facts import Endpoint
 from console.journal import Journal
 from console.snapshot import TenantFacts
 from console.tokens import ModelTokenizer
+from console.tools import NO_TOOLS, ToolPlan
 from controlplane import domain, protocol
 
 
@@ -50,6 +52,18 @@ class LiveRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """What an answer holds beside the generated text."""
+
+    echo: str = ""  # put before it
+    tools: ToolPlan = NO_TOOLS  # calls of these are taken out of it
+    pieces: Sequence[bytes] | None = None  # of the vocabulary, where logprobs are asked for
+
+
+PLAIN = Shape()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateSpec:
     """Everything that one generation needs; `console.requests.spec_of` makes it."""
 
@@ -66,6 +80,7 @@ class GenerateSpec:
     stop: tuple[str, ...]
     stream: bool
     is_batch: bool = False
+    shape: Shape = PLAIN
     request_id: str = ""  # empty: the gateway makes one
     arrived_at_s: float | None = None  # on the fleet's clock; None: now
 
@@ -87,6 +102,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None = None  # stop | length
     usage: Usage | None = None
+    logprobs: tuple[protocol.TokenLogprobs | None, ...] = ()  # one per id where asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +121,4 @@ class Completion:
     token_ids: list[int]
     finish_reason: str
     usage: Usage
+    logprobs: list[protocol.TokenLogprobs | None]

@@ -6,7 +6,7 @@ and a new worker gets prompt + journal. It lives as long as the request and dies
 
 from collections.abc import Sequence
 
-from controlplane.protocol import FinishReason
+from controlplane.protocol import FinishReason, TokenLogprobs
 
 PENDING_TOKENS_MAX = 1024  # ids kept ahead of a gap; more are dropped, for `Resend` brings them
 
@@ -23,6 +23,7 @@ class Journal:
         self.ids: list[int] = []
         self.missing_since_s: float | None = None  # when the open gap was first seen
         self.dropped_reports = 0  # other epochs, duplicates, ids past a limit
+        self.logprobs: dict[int, TokenLogprobs] = {}  # by output index, where they were asked for
         self._ahead: dict[int, int] = {}
         self._end: tuple[int, FinishReason] | None = None
 
@@ -56,8 +57,10 @@ class Journal:
         token_ids: Sequence[int],
         now_s: float,
         finish_reason: FinishReason | None = None,
+        logprobs: Sequence[TokenLogprobs | None] = (),
     ) -> list[int]:
         """Takes ids [seq, seq + len) and returns those that now follow what was here, in order.
+        `logprobs` has one entry for each id or none at all; the first to come is kept.
 
         Only reports of the current epoch count, see `move`. `handed_off` ends a stage, not the
         output, and is no finish. Reports after the end change nothing."""
@@ -66,6 +69,9 @@ class Journal:
             return []
         if finish_reason is not None and finish_reason != "handed_off" and self._end is None:
             self._end = (min(seq + len(token_ids), self.output_tokens_max), finish_reason)
+        for index, entry in enumerate(logprobs, seq):
+            if entry is not None and index < self.output_tokens_max:
+                self.logprobs.setdefault(index, entry)
         start = len(self.ids)
         if seq <= start:
             fresh = token_ids[start - seq :]

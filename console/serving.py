@@ -156,6 +156,7 @@ class Serving:
         await self._requests_end()
         await state.workers.stop(WORKERS_GRACE_S)
         state.fleet.close_links()
+        state.tokenizers.grammars.close()
         supervisor.cancel()
         await asyncio.gather(supervisor, return_exceptions=True)
         try:

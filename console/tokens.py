@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from console.grammars import GrammarChecker
 from controlplane.errors import ConfigError
 
 MODELS_MAX = 32  # tokenizers kept in memory
@@ -28,6 +30,7 @@ RANGE_MAX = 4_096  # items of `range` in a template; one message needs none
 RENDER_CHARS_FREE = 65_536  # what a template may add to its input
 RENDER_FACTOR_MAX = 4
 _BREAK = "\x00"  # parts special-token text in messages; caps.py refuses NUL from clients
+_ESCAPED_BREAK = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 _BYTE_TURN_START, _BYTE_TURN_END = 256, 257
 # What an expression of a template can raise, on messages that its author did not think of.
 _TEMPLATE_FAULTS = (
@@ -58,7 +61,12 @@ class ModelTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a raw prompt; special-token text is recognised, as the prompt is all of it."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    has_tools: bool  # the chat template can show tools to the model
+    has_grammars: bool  # its workers can tie an output to a grammar
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Ids of a conversation up to where the assistant's answer begins."""
 
 
@@ -81,11 +89,14 @@ class ByteTokenizer:
     pieces = BytePieces()
     token_bytes_max = 1
     vocab_size = 258
+    has_tools = has_grammars = False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         ids: list[int] = []
         for message in messages:
             turn = f"{message['role']}\n{message['content']}".encode()
@@ -95,6 +106,8 @@ class ByteTokenizer:
 
 class FolderTokenizer:
     """tokenizer.json with byte-level BPE, and the chat template, of a model folder."""
+
+    has_grammars = True
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -107,7 +120,10 @@ class FolderTokenizer:
         template = config.get("chat_template") or ""
         if not isinstance(template, str) or len(template) > TEMPLATE_CHARS_MAX:
             raise ConfigError(f"model folder {folder}: chat_template is no text of ours")
-        self._template = _environment().from_string(template) if template else None
+        environment = _environment()
+        self._template = environment.from_string(template) if template else None
+        names = meta.find_undeclared_variables(environment.parse(template))
+        self.has_tools = "tools" in names
         self._words = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in config.items()
@@ -129,13 +145,15 @@ class FolderTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         if self._template is None:
             raise TemplateRefused("This model has no chat template; use /v1/completions.")
-        size = sum(len(message["content"]) for message in messages)
-        guarded = [{**message, "content": self._guard(message["content"])} for message in messages]
+        guarded = self._guard_all([list(messages), list(tools)])
+        size = len(json.dumps(guarded, ensure_ascii=False))
         chars_max = RENDER_CHARS_FREE + RENDER_FACTOR_MAX * size
-        rendered = self._render(self._template, guarded, chars_max)
+        rendered = self._render(self._template, *guarded, chars_max)
         parts = self._special.split(rendered) if self._special else [rendered]
         ids: list[int] = []
         for index, part in enumerate(parts):
@@ -144,6 +162,17 @@ class FolderTokenizer:
             elif part:
                 ids += self._plain.encode(part.replace(_BREAK, ""), add_special_tokens=False).ids
         return ids
+
+    def _guard_all(self, value: Any) -> Any:
+        """`_guard` of every text in messages and tools; names of fields are ours or schema words,
+        which are guarded as well."""
+        if isinstance(value, str):
+            return self._guard(value)
+        if isinstance(value, list):
+            return [self._guard_all(item) for item in value]
+        if isinstance(value, Mapping):
+            return {self._guard(key): self._guard_all(item) for key, item in value.items()}
+        return value
 
     def _guard(self, content: str) -> str:
         """Break up special-token text, all over so that no overlapping one survives; the breaks
@@ -154,13 +183,13 @@ class FolderTokenizer:
         return self._special.sub(lambda m: "".join(c + _BREAK for c in m[0]), content)
 
     def _render(
-        self, template: jinja2.Template, messages: Sequence[Mapping[str, str]], chars_max: int
+        self, template: jinja2.Template, messages: list[Any], tools: list[Any], chars_max: int
     ) -> str:
         pieces: list[str] = []
         size = 0
         try:
             for piece in template.generate(
-                messages=messages, add_generation_prompt=True, **self._words
+                messages=messages, tools=tools or None, add_generation_prompt=True, **self._words
             ):
                 pieces.append(piece)
                 size += len(piece)
@@ -179,6 +208,7 @@ class Tokenizers:
     Loading takes up to a second, so the event loop asks only for what `has` says is there."""
 
     def __init__(self) -> None:
+        self.grammars = GrammarChecker()
         self._loaded: dict[tuple[str, str], ModelTokenizer] = {}
         self._loading = threading.Lock()
 
@@ -293,4 +323,6 @@ def _strftime_now(form: str) -> str:
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    """JSON text; the breaks of `_guard` stay breaks instead of becoming escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    return _ESCAPED_BREAK.sub(lambda match: match[1] + _BREAK, text)

@@ -16,9 +16,10 @@ from typing import Any
 from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 
-from console import auth, state
+from console import auth, choices, state
 from console.apierrors import ApiError, invalid, model_not_found, of_rejection
 from console.caps import load_json, quote
+from console.choices import choices_of
 from console.exchange import (
     ClientGone,
     EventWriter,
@@ -31,10 +32,20 @@ from console.exchange import (
     read_body,
 )
 from console.gateway import Gateway
-from console.generation import GenerateSpec, LiveRequest, Refusal
-from console.requests import ParsedRequest, parse_chat, parse_completion, spec_of
+from console.generation import GenerateSpec, LiveRequest, Refusal, Usage
+from console.grammars import grammar_refused
+from console.options import ParsedRequest
+from console.requests import parse_chat, parse_completion, spec_of
+from console.responses import ResponseEncoder, parse_response, response_json
 from console.snapshot import KeyFacts, Snapshot, TenantFacts
-from console.sse import DONE, ChunkEncoder, Envelope, GenerateEndpoint, body_json, error_event
+from console.sse import (
+    ChunkEncoder,
+    Envelope,
+    GenerateEndpoint,
+    body_json,
+    error_event,
+    usage_sum,
+)
 from console.tokens import Tokenizers
 from controlplane.errors import ConfigError
 
@@ -48,6 +59,7 @@ STARTED_AT = int(time.time())  # `created` of models
 _ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
     "/v1/chat/completions": ("chat", parse_chat),
     "/v1/completions": ("completions", parse_completion),
+    "/v1/responses": ("responses", parse_response),
 }
 _NOT_SERVED = ("/v1/embeddings",)
 
@@ -150,22 +162,32 @@ class V1:
         parsed = await self._parse(raw, parse, snapshot, services.tokenizers, tenant)
         if isinstance(parsed, ApiError):
             return parsed
-        spec = spec_of(
-            parsed,
-            tenant,
-            key.public_id,
-            endpoint,
-            request_id=exchange.request_id,
-            arrived_at_s=arrived_at_s,
+        specs = choices_of(
+            spec_of(
+                parsed,
+                tenant,
+                key.public_id,
+                endpoint,
+                request_id=exchange.request_id,
+                arrived_at_s=arrived_at_s,
+            ),
+            parsed.num_choices,
         )
         envelope = Envelope(
-            endpoint, exchange.request_id, spec.model_id, spec.service_tier, int(time.time())
+            endpoint, exchange.request_id, specs[0].model_id, parsed.service_tier, int(time.time())
         )
         with_ids = exchange.header(b"x-slackwater-debug") == "ids"
         if parsed.stream:
-            encoder = ChunkEncoder(envelope, parsed.include_usage, with_ids)
-            return await _stream(exchange, gateway, spec, encoder, self._ping_s)
-        return await _whole(exchange, gateway, spec, envelope, with_ids)
+            encoders: list[ChunkEncoder] | list[ResponseEncoder]
+            if endpoint == "responses":
+                encoders = [ResponseEncoder(envelope, with_ids, specs[0].shape)]
+            else:
+                encoders = [
+                    ChunkEncoder(envelope, parsed.include_usage, with_ids, spec.shape, index)
+                    for index, spec in enumerate(specs)
+                ]
+            return await _stream(exchange, gateway, specs, encoders, self._ping_s)
+        return await _whole(exchange, gateway, specs, envelope, with_ids)
 
     async def _parse(
         self,
@@ -178,13 +200,19 @@ class V1:
         """Small bodies at once; large ones, or any while a tokenizer must load, in a thread."""
         is_warm = all(tokenizers.has(m.model_id, m.folder) for m in snapshot.models.values())
         if len(raw) <= THREAD_BODY_BYTES and is_warm:
-            return _parse(raw, parse, snapshot, tokenizers, tenant)
+            parsed = _parse(raw, parse, snapshot, tokenizers, tenant)
+            if isinstance(parsed, ApiError) or tokenizers.grammars.is_known(
+                parsed.sampling.grammar
+            ):
+                return _checked(parsed, tokenizers)
         if self._num_parsing >= PARSING_MAX:
             return ApiError(503, "overloaded", "Too many large requests.", retry_after_s=1.0)
         self._num_parsing += 1
         try:
             async with self._parsers:
-                return await asyncio.to_thread(_parse, raw, parse, snapshot, tokenizers, tenant)
+                return await asyncio.to_thread(
+                    lambda: _checked(_parse(raw, parse, snapshot, tokenizers, tenant), tokenizers)
+                )
         finally:
             self._num_parsing -= 1
 
@@ -234,12 +262,28 @@ def _parse(
     return parsed
 
 
+def _is_checked(parsed: ParsedRequest, tokenizers: Tokenizers) -> bool:
+    return tokenizers.grammars.is_known(parsed.sampling.grammar)
+
+
+def _checked(parsed: ParsedRequest | ApiError, tokenizers: Tokenizers) -> ParsedRequest | ApiError:
+    """The request, when its grammar compiles; asks a child process unless that is known."""
+    if isinstance(parsed, ApiError):
+        return parsed
+    problem = tokenizers.grammars.check(parsed.sampling.grammar)
+    return grammar_refused(problem) if problem else parsed
+
+
 async def _whole(
-    exchange: Exchange, gateway: Gateway, spec: GenerateSpec, envelope: Envelope, with_ids: bool
+    exchange: Exchange,
+    gateway: Gateway,
+    specs: list[GenerateSpec],
+    envelope: Envelope,
+    with_ids: bool,
 ) -> ApiError | None:
     """Generate all, answer once; nothing is answered to a client that has gone."""
-    live = gateway.prepare(spec)
-    generation = asyncio.ensure_future(gateway.collect(spec, live))
+    lives = [gateway.prepare(spec) for spec in specs]
+    generation = asyncio.ensure_future(choices.collect(gateway, specs, lives))
     watch = asyncio.ensure_future(disconnected(exchange.receive))
     try:
         await asyncio.wait({generation, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -249,22 +293,23 @@ async def _whole(
     finally:
         await end_tasks(generation, watch)
     if isinstance(outcome, Refusal):
-        return of_rejection(outcome.rejected, spec.service_tier)
-    exchange.extra_headers += _placement_headers(live)
-    await exchange.answer(200, body_json(envelope, outcome, with_ids))
+        return of_rejection(outcome.rejected, envelope.service_tier)
+    exchange.extra_headers += _placement_headers(lives[0])
+    render = response_json if envelope.endpoint == "responses" else body_json
+    await exchange.answer(200, render(envelope, outcome, specs[0].shape, with_ids))
     return None
 
 
 async def _stream(
     exchange: Exchange,
     gateway: Gateway,
-    spec: GenerateSpec,
-    encoder: ChunkEncoder,
+    specs: list[GenerateSpec],
+    encoders: list[ChunkEncoder] | list[ResponseEncoder],
     ping_s: float,
 ) -> ApiError | None:
     """Write chunks as deltas come; headers wait for the first, so that a refusal has a status."""
     writer = EventWriter(exchange)
-    generation = asyncio.ensure_future(_produce(writer, gateway, spec, encoder))
+    generation = asyncio.ensure_future(_produce(writer, gateway, specs, encoders))
     watch = asyncio.ensure_future(disconnected(exchange.receive))
     try:
         while not generation.done() and not watch.done():
@@ -281,30 +326,37 @@ async def _stream(
 
 
 async def _produce(
-    writer: EventWriter, gateway: Gateway, spec: GenerateSpec, encoder: ChunkEncoder
+    writer: EventWriter,
+    gateway: Gateway,
+    specs: list[GenerateSpec],
+    encoders: list[ChunkEncoder] | list[ResponseEncoder],
 ) -> ApiError | None:
-    live = gateway.prepare(spec)
-    is_first = True
-    async with aclosing(gateway.generate(spec, live)) as items:
-        async for item in items:
+    lives = [gateway.prepare(spec) for spec in specs]
+    unopened = set(range(len(specs)))
+    usages: list[Usage] = []
+    async with aclosing(choices.generate(gateway, specs, lives)) as items:
+        async for index, item in items:
             if isinstance(item, Refusal):
-                error = of_rejection(item.rejected, spec.service_tier)
+                error = of_rejection(item.rejected, specs[index].service_tier)
                 if not writer.is_open:
                     return error
-                await writer.finish(error_event(error))
+                await writer.finish(encoders[index].error(error))
                 return None
-            if is_first:
-                is_first = False
-                await writer.open(_placement_headers(live))
-                head = encoder.role() if spec.endpoint == "chat" else b""
+            if not writer.is_open:
+                await writer.open(_placement_headers(lives[index]))
+            encoder, head = encoders[index], b""
+            if index in unopened:
+                unopened.remove(index)
+                head = encoder.opening()
+            data = head + encoder.delta(item)
+            if item.usage is not None:
+                usages.append(item.usage)
+            if len(usages) < len(specs):
+                await writer.write(data)
             else:
-                head = b""
-            if item.usage is None:
-                await writer.write(head + encoder.delta(item))
-            else:
-                await writer.finish(head + encoder.delta(item) + encoder.usage(item.usage) + DONE)
+                await writer.finish(data + encoder.closing(usage_sum(usages)))
                 return None
-    raise AssertionError(f"request {live.request_id} ended without an outcome")
+    raise AssertionError(f"request {lives[0].request_id} ended without an outcome")
 
 
 def _placement_headers(live: LiveRequest) -> list[tuple[bytes, bytes]]:

@@ -22,7 +22,7 @@ from console import batchclaims, batchlines
 from console.apierrors import ApiError
 from console.batchclaims import ATTEMPTS_MAX, LEASE, ClaimedLine, take_round
 from console.batches import PAUSE_S_MAX, PAUSE_S_MIN, BatchFeeder
-from console.gateway import Refusal
+from console.generation import PLAIN, Refusal
 from console.incarnation import is_dead, new_incarnation
 from console.models import Batch, BatchLine, Tenant
 from console.snapshot import Snapshot
@@ -493,7 +493,7 @@ def test_a_line_of_a_tenant_that_is_gone_fails(tenant: Tenant) -> None:
 )
 def test_what_time_can_heal_keeps_the_line_pending(code: str, is_kept: bool) -> None:
     refusal = Refusal(domain.Rejected(code, "why", 1.0))
-    answer = batchlines.of_outcome(claimed(), refusal)
+    answer = batchlines.of_outcome(claimed(), PLAIN, refusal)
     assert isinstance(answer, batchlines.NotNow) == is_kept
 
 

@@ -72,8 +72,10 @@ def test_each_id_is_on_exactly_one_chunk_of_a_debug_stream(endpoint, text, reaso
 
 
 def test_usage_chunk_only_when_asked_for():
-    assert ChunkEncoder(envelope(), False, False).usage(USAGE) == b""
-    (chunk,) = decode(ChunkEncoder(envelope(), True, False).usage(USAGE))
+    assert ChunkEncoder(envelope(), False, False).closing(USAGE) == DONE
+    closing = ChunkEncoder(envelope(), True, False).closing(USAGE)
+    assert closing.endswith(DONE)
+    (chunk,) = decode(closing.removesuffix(DONE))
     assert chunk["choices"] == []
     assert chunk["usage"] == {
         "prompt_tokens": 5,
@@ -85,15 +87,15 @@ def test_usage_chunk_only_when_asked_for():
 
 
 def test_role_chunk_opens_a_chat():
-    (chunk,) = decode(ChunkEncoder(envelope(), True, False).role())
+    (chunk,) = decode(ChunkEncoder(envelope(), True, False).opening())
     assert chunk["choices"][0]["delta"]["role"] == "assistant"
     assert chunk["usage"] is None
 
 
 def test_body_carries_ids_for_debugging_only():
-    completion = Completion("g1-abc", "hi", [1, 2], "stop", USAGE)
-    assert "slackwater" not in body_json(envelope(), completion)
-    body = body_json(envelope(), completion, with_ids=True)
+    completion = Completion("g1-abc", "hi", [1, 2], "stop", USAGE, [])
+    assert "slackwater" not in body_json(envelope(), [completion])
+    body = body_json(envelope(), [completion], with_ids=True)
     assert body["slackwater"] == {"seq": 0, "token_ids": [1, 2]}
 
 

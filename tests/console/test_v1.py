@@ -323,7 +323,7 @@ async def test_unknown_model_is_404(name):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/", "/v1/chat", "/v1/chat/completions/", "/v1/responses", "/v1/x\r\ny", "/v1/%00"]
+    "path", ["/v1/", "/v1/chat", "/v1/chat/completions/", "/v1/responses/", "/v1/x\r\ny", "/v1/%00"]
 )
 async def test_unknown_path_is_404_in_openai_shape(path):
     server = MemoryServer()

@@ -116,7 +116,7 @@ BODIES: dict[str, list] = {
     "max_tokens": fields("max_tokens", -1, 0, *NOT_INTEGER, 1 << 31, 1 << 52, 2000),
     "max_completion_tokens": fields("max_completion_tokens", -1, 0, *NOT_INTEGER, 1 << 31, 1024)
     + [chat_body(max_tokens=1, max_completion_tokens=2)],
-    "n": fields("n", 0, -1, 2, 8, 1 << 31, True, "1", 1.5, [], {}, [1]),
+    "n": fields("n", 0, -1, 9, 128, 1 << 31, True, "1", 1.5, [], {}, [1]),
     "temperature": fields("temperature", -0.1, 2.1, 1 << 50, *NOT_NUMBER),
     "top_p": fields("top_p", 0, -1, 1.01, 2, *NOT_NUMBER),
     "top_k": fields("top_k", -2, 1 << 40, *NOT_INTEGER),
@@ -148,12 +148,39 @@ BODIES: dict[str, list] = {
         chat_body(**{name: value})
         for name, value in (
             ("logit_bias", {"-1": 1}), ("logit_bias", {"999999": 100}), ("logit_bias", []),
-            ("logprobs", True), ("logprobs", 5), ("top_logprobs", 20), ("presence_penalty", 1),
-            ("frequency_penalty", -2), ("best_of", 2), ("echo", True), ("suffix", "x"),
-            ("tools", [{"type": "function", "function": {"parameters": {"$ref": "#"}}}]),
-            ("tool_choice", "required"), ("functions", [{}]), ("modalities", ["audio"]),
-            ("prediction", {}), ("web_search_options", {}), ("min_p", 0.1), ("min_p", False),
-            ("repetition_penalty", 1.1), ("n", True), ("reasoning_effort", "high"),
+            ("logit_bias", {"5": 101}), ("logit_bias", {"5": True}), ("logit_bias", {"x": 1}),
+            ("logit_bias", {str(i): 1 for i in range(301)}), ("logit_bias", {"9" * 5000: 1}),
+            ("logprobs", 5), ("top_logprobs", 20), ("top_logprobs", 21), ("presence_penalty", 2.1),
+            ("frequency_penalty", -3), ("frequency_penalty", "1"), ("best_of", 2), ("echo", True),
+            ("suffix", "x"), ("functions", [{}]), ("modalities", ["audio"]), ("verbosity", "low"),
+            ("prediction", {}), ("web_search_options", {}), ("min_p", 1.1), ("min_p", False),
+            ("repetition_penalty", 0), ("repetition_penalty", 11), ("n", True), ("n", 9),
+            ("reasoning_effort", "high"), ("moderation", {}),
+        )
+    ],
+    "tools": [
+        chat_body(tools=tools)
+        for tools in (
+            1, {}, [1], [{}], [{"type": "function"}], [{"type": "web_search"}],
+            [{"type": "function", "function": {"name": "a b"}}],
+            [{"type": "function", "function": {"name": "a" * 65}}],
+            [{"type": "function", "function": {"name": "f", "parameters": 1}}],
+            [{"type": "function", "function": {"name": "f", "what": 1}}],
+            [{"type": "function", "function": {"name": "f"}}] * 2,
+            [{"type": "function", "function": {"name": "f"}}],  # its template knows no tools
+        )
+    ]
+    + [chat_body(tool_choice=choice) for choice in ("required", 1, {"type": "function"}, [])],
+    "schema": [
+        chat_body(response_format=value)
+        for value in (
+            1, [], {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "text", "x": 1},
+            {"type": "json_schema", "json_schema": []},
+            {"type": "json_schema", "json_schema": {"name": "x"}},
+            {"type": "json_schema", "json_schema": {"schema": {}}},
+            {"type": "json_schema", "json_schema": {"name": "x" * 65, "schema": {}}},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "b" * 70_000}}},
+            {"type": "json_object"},  # a model without a vocabulary of text
         )
     ],
     "labels": fields("user", *NOT_TEXT, "x" * 513)
@@ -181,7 +208,8 @@ COMPLETION_BODIES = {
         {"model": MODEL_ID, "prompt": "x"} | extra
         for extra in (
             {"messages": []}, {"max_completion_tokens": 1}, {"response_format": {"type": "text"}},
-            {"best_of": 2}, {"echo": True}, {"suffix": "x"}, {"logprobs": 1}, {"max_tokens": 1025},
+            {"best_of": 2}, {"echo": 1}, {"suffix": "x"}, {"logprobs": 6}, {"max_tokens": 1025},
+            {"logprobs": True}, {"echo": True, "logprobs": 1}, {"tools": []},
         )
     ],
 }  # fmt: skip

@@ -112,10 +112,10 @@ def test_failure_of_a_whole_answer_is_a_status(client):
     [
         ({"model": "nothing"}, openai.NotFoundError, "model"),
         ({"temperature": 3}, openai.BadRequestError, "temperature"),
-        ({"n": 2}, openai.BadRequestError, "n"),
+        ({"n": 99}, openai.BadRequestError, "n"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"max_tokens": 1 << 20}, openai.BadRequestError, "max_tokens"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools[0]"),
         ({"extra_body": {"kv_transfer_params": {}}}, openai.BadRequestError, "kv_transfer_params"),
     ],
 )  # fmt: skip
