@@ -8,7 +8,6 @@ same after a failover.
 
 from collections import OrderedDict
 from pathlib import Path
-
 from typing import Any
 
 import numpy as np
