@@ -16,7 +16,6 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 from controlplane import kappas
 from controlplane.sim import coserve, coverage, ledgercheck, routerbench, scenario, shrink, swarm
@@ -161,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     router.add_argument("--decisions", type=int, default=2_000, help="timed in each repeat")
     router.add_argument("--repeats", type=int, default=5)
     ledger = commands.add_parser("ledger")
-    ledger.add_argument("--calibration", type=Path, help="h200_steps.json; else the shipped table")
+    ledger.add_argument("--calibration", default="", help="h200_steps.json or its folder")
     ledger.add_argument("--workers", type=int, default=8)
     ledger.add_argument("--seconds", type=float, default=90.0, help="virtual")
     ledger.add_argument("--seed", type=int, default=1)

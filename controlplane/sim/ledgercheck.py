@@ -7,13 +7,12 @@ named: what requests were charged over what lanes were.
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
 from controlplane.gpuledger import LOSS_MAX
 from controlplane.gpuseconds import GpuMeter, Row
-from controlplane.sim import h200
+from controlplane.sim import h200, hardware
 from controlplane.sim.cluster import Cluster
 from controlplane.sim.workload import Arrival, arrivals
 
@@ -69,14 +68,14 @@ def run(
     num_workers: int = 8,
     seconds: float = 90.0,
     rate_per_worker: float = 2.0,
-    calibration: Path | None = None,
+    calibration: str = "",
     lost_share: float = 0.0,
 ) -> dict[str, object]:
     """`lost_share` of each step is not counted, on every worker: a check of the check."""
     cluster = ChargedCluster(seed)
-    model = h200.step_model(h200.read_table(calibration))
+    device = hardware.read(calibration)
     for index in range(num_workers):
-        member = cluster.add(h200.hello(f"worker{index}", model))
+        member = cluster.add(h200.hello(f"worker{index}", device))
         if lost_share:
             member.worker.gpu = LosingMeter(lost_share)
     online = arrivals(seed, rate_per_worker * num_workers, seconds)
