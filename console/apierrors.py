@@ -70,14 +70,14 @@ _REJECTIONS = {
     "no_worker": (503, "overloaded"),
     "model_not_served": (503, "overloaded"),
     "retries_exhausted": (503, "overloaded"),
-    "poison": (500, "worker_error"),
+    "poison_request": (500, "poison_request"),
     "draining": (503, "draining"),
     "queue_timeout": (504, "deadline_exceeded"),
     "worker_error": (500, "worker_error"),
 }
 
 # A request that several workers died of, or that one failed on, must not be sent by itself again.
-_NOT_AGAIN = ("retries_exhausted", "worker_error", "poison")
+_NOT_AGAIN = ("retries_exhausted", "worker_error", "poison_request")
 
 
 def of_rejection(rejected: Rejected, service_tier: str) -> ApiError:

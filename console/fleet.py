@@ -34,6 +34,7 @@ STALLED_AFTER_S = 2.0  # and older than this moves the request to another worker
 REQUESTS_MAX = 16_384  # running and queued; the plane's queues are smaller
 LINKS_MAX = 4_096  # open worker connections
 CLOSE_RESTARTING = 1012
+GAVE_UP = ("error", "cancelled")  # ends of a sequence that are no end of the output
 
 
 @dataclass(slots=True)
@@ -207,12 +208,13 @@ class Fleet:
             self.handle(domain.Progressed(live.request_id, live.epoch))
         if fresh or finish_reason is not None:
             self._pass_on(live, worker_id, Tokens(fresh, finish_reason))
-        if finish_reason == "error":
-            logger.warning("sequence failed request=%s worker=%s", report.request_id, worker_id)
         if journal.missing_since_s is None:
             self._gaps.discard(report.request_id)
         else:
             self._gaps.add(report.request_id)
+        if report.finish_reason in GAVE_UP and journal.finish_reason is None:
+            logger.warning("sequence failed request=%s worker=%s", report.request_id, worker_id)
+            self.handle(domain.SequenceFailed(worker_id, report.request_id, report.epoch))
 
     def _pass_on(self, live: LiveRequest, worker_id: str, tokens: Tokens) -> None:
         """To the gateway, in order. The first id of a prompt that is handed off waits until the

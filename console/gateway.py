@@ -94,10 +94,8 @@ class Gateway:
         self._fleet.submit(live)
         try:
             while True:
-                token_ids, reason, rejected = await self._next(live, progress)
-                is_end = reason in ("stop", "length")
-                if token_ids or is_end:
-                    end = reason if is_end else None
+                token_ids, end, rejected = await self._next(live, progress)
+                if token_ids or end is not None:
                     delta = self._delta(spec, live, progress, text, token_ids, end)
                     if delta.finish_reason is not None:
                         is_settled = True
@@ -106,10 +104,6 @@ class Gateway:
                         yield delta
                         return
                     yield delta
-                if reason is not None:
-                    rejected = domain.Rejected(
-                        "worker_error", f"The worker ended this request: {reason}.", None
-                    )
                 if rejected is not None:
                     is_settled = True
                     self._finish(live, progress, "failed")
@@ -221,6 +215,7 @@ class Gateway:
             block_hashes=protocol.block_hashes(salt, spec.prompt_ids, HASH_BLOCK_TOKENS),
             arrived_at_s=arrived_at_s,
             tenant_concurrency_max=spec.tenant.concurrency_max,
+            fingerprint=protocol.fingerprint(salt, spec.prompt_ids),
         )
         return LiveRequest(
             request=request,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from controlplane.protocol import FinishReason, TokenLogprobs
 
+ENDS: tuple[FinishReason, ...] = ("stop", "length")
 PENDING_TOKENS_MAX = 1024  # ids kept ahead of a gap; more are dropped, for `Resend` brings them
 
 
@@ -62,12 +63,13 @@ class Journal:
         """Takes ids [seq, seq + len) and returns those that now follow what was here, in order.
         `logprobs` has one entry for each id or none at all; the first to come is kept.
 
-        Only reports of the current epoch count, see `move`. `handed_off` ends a stage, not the
-        output, and is no finish. Reports after the end change nothing."""
+        Only reports of the current epoch count, see `move`. Only `stop` and `length` end the
+        output; other reasons end what one worker does for it. Reports after the end change
+        nothing."""
         if epoch != self.epoch or self.finish_reason is not None:
             self.dropped_reports += 1
             return []
-        if finish_reason is not None and finish_reason != "handed_off" and self._end is None:
+        if finish_reason in ENDS and self._end is None:
             self._end = (min(seq + len(token_ids), self.output_tokens_max), finish_reason)
         for index, entry in enumerate(logprobs, seq):
             if entry is not None and index < self.output_tokens_max:

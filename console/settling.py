@@ -36,7 +36,7 @@ def status_of(rejected: domain.Rejected, progress: Progress) -> RequestStatus:
     if progress.first_at_s is not None or rejected.code in (
         "retries_exhausted",
         "worker_error",
-        "poison",
+        "poison_request",
     ):
         return "failed"
     return "rejected"

@@ -47,7 +47,12 @@ class ControlPlaneConfig:
     batch_kv_reserve: float = 0.125  # share of a worker's blocks that batch never takes
     hold_s_min: float = 2.0  # prompts predicted before a new one; more stays in our queue
     moves_max: int = 5  # times that a request may lose its worker
+    recovery_share: float = 0.2  # of live requests that may be retried at a time,
+    recoveries_min: int = 3  # and at least so many; batch lines only beside no more than that
     strikes_max: int = 4  # workers that may die with a request, when others may be why
+    errors_max: int = 2  # workers on which a sequence may fail, until the request is to blame
+    quarantine_s: float = 600.0  # in which what was to blame is refused
+    quarantined_max: int = 1_024  # fingerprints; the oldest go first
     avoid_s: float = 0.25  # after a rejection, doubled each time
     avoid_s_max: float = 4.0
     measure_all_max: int = 32  # workers of one role up to which all are measured for a request

@@ -48,6 +48,7 @@ class GenerateRequest:
     block_hashes: tuple[bytes, ...]  # salted chain over full prompt blocks
     arrived_at_s: float
     tenant_concurrency_max: int
+    fingerprint: bytes = b""  # of tenant and prompt; empty: never recognised again
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class Queued:
 class Rejected:
     """`code` is stable: tenant_concurrency, queue_full, no_worker, model_not_served,
     prompt_too_long, queue_timeout, draining, retries_exhausted, contract_rate, contract_budget,
-    contract_concurrency, late, over_commit, poison."""
+    contract_concurrency, late, over_commit, poison_request, worker_error."""
 
     code: str
     message: str
@@ -258,6 +259,15 @@ class Stalled:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """The worker gave the sequence up with an error, e.g. logits that were not finite."""
+
+    worker_id: str
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class RoleOrdered:
     worker_id: str
     role: Role
@@ -324,6 +334,7 @@ Event = (
     | Progressed
     | Finished
     | Stalled
+    | SequenceFailed
     | RoleOrdered
     | DrainOrdered
     | PlannerOrdered

@@ -1,24 +1,17 @@
 """Slow or failing workers get less, then none: outliers against their own pool, for a while.
 
-Slow: a worker's step model, against the one it joined with, has grown more than others' have.
-Failing: so many failures in a row. At most a share of a pool is out at once, and after its time a
-worker is tried again. Source: outlier detection of Envoy (consecutive failures, ejection time,
-at most a share); reliability.md section 6, row 25 (latency outlier beyond 3 times the median).
+Slow: its steps, against what they took when it joined, have grown more than others' have. Failing:
+so many failures in a row, or logits that were no numbers. At most a share of a pool is out at once.
+After its time a worker is on trial: one request at a time, until its newest steps speak for it or
+against it. Source: outlier detection of Envoy (consecutive failures, ejection time, at most a
+share); reliability.md section 6, row 25 (beyond 3 times the pool's median, 20 samples).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
-from controlplane.latency import StepFeatures, step_s
-from controlplane.registry import Worker
-
-PROBE = StepFeatures().with_decodes(8, 8_192).with_tokens(0, 256)  # a step to compare models by
-
-
-def slowdown(worker: Worker) -> float:
-    """Its steps now over its steps when it joined."""
-    return step_s(worker.step_model, PROBE) / step_s(worker.hello.step_model, PROBE)
+from controlplane.registry import STEP_RATIOS_KEPT, Worker
 
 
 @dataclass(slots=True)
@@ -36,35 +29,48 @@ class Ejector:
     def forget(self, worker_id: str) -> None:
         self._failures.pop(worker_id, None)
 
-    def sweep(self, workers: Sequence[Worker], now_s: float) -> list[tuple[Worker, str]]:
-        """Workers of one pool to take out now, with the reason; sets their ejected_until_s."""
+    def quarantine(self, worker: Worker, pool: Sequence[Worker], why: str, now_s: float) -> None:
+        """Take it out at once, unless more than half of the pool would be out then."""
+        live = [item for item in pool if item.status == "live"]
+        num_out = sum(item.is_ejected(now_s) for item in live)
+        if worker.is_ejected(now_s) or 2 * (num_out + 1) > len(live):
+            return
+        self._failures.pop(worker.worker_id, None)
+        worker.eject(now_s + self.config.ejected_s, why)
+
+    def sweep(self, workers: Sequence[Worker], now_s: float) -> None:
+        """Look at the workers of one pool: who is out, who is tried, who is well again."""
         live = [worker for worker in workers if worker.status == "live"]
+        for worker in live:
+            if worker.eject_reason and not worker.is_on_trial and not worker.is_ejected(now_s):
+                worker.set_trial(True)
+        if len(live) < 2 or all(worker.is_ejected(now_s) for worker in live):
+            for worker in live:  # the last one is better than none
+                worker.set_trial(False)
+            return
+        ratios = sorted(worker.step_ratio for worker in live)
+        usual = ratios[(len(ratios) - 1) // 2]
         num_out = sum(worker.is_ejected(now_s) for worker in live)
-        allowed = max(1, int(self.config.ejected_share_max * len(live)))
-        if len(live) < 2:
-            return []  # the last one is better than none
-        factors = sorted(slowdown(worker) for worker in live)
-        usual = factors[(len(factors) - 1) // 2]
-        chosen = []
-        for worker in sorted(live, key=lambda item: (-slowdown(item), item.worker_id)):
-            if num_out >= min(allowed, len(live) - 1):
-                break
+        allowed = min(max(1, int(self.config.ejected_share_max * len(live))), len(live) - 1)
+        for worker in sorted(live, key=lambda item: (-item.step_ratio, item.worker_id)):
             if worker.is_ejected(now_s):
                 continue
-            failures = self._failures.get(worker.worker_id, 0)
-            factor = slowdown(worker)
-            if failures >= self.config.failures_max:
-                why = f"{failures} failures in a row"
-            elif worker.num_reports >= self.config.slow_reports_min and (
-                factor > self.config.slow_factor * usual
-            ):
-                why = f"its steps take {factor:.1f} times what they took, others' {usual:.1f} times"
-            else:
-                continue
-            self._failures.pop(worker.worker_id, None)
-            worker.num_reports = 0
-            worker.ejected_until_s = now_s + self.config.ejected_s
-            worker.eject_reason = why
-            chosen.append((worker, why))
-            num_out += 1
-        return chosen
+            why = self._why(worker, usual)
+            if why and num_out < allowed:
+                self._failures.pop(worker.worker_id, None)
+                worker.eject(now_s + self.config.ejected_s, why)
+                num_out += 1
+            elif worker.is_on_trial and not why and self._is_judged(worker):
+                worker.set_trial(False)
+
+    def _is_judged(self, worker: Worker) -> bool:
+        """It has made enough steps."""
+        return len(worker.step_ratios) >= min(self.config.slow_reports_min, STEP_RATIOS_KEPT)
+
+    def _why(self, worker: Worker, usual: float) -> str:
+        failures, ratio = self._failures.get(worker.worker_id, 0), worker.step_ratio
+        if failures >= self.config.failures_max:
+            return f"{failures} failures in a row"
+        if self._is_judged(worker) and ratio > self.config.slow_factor * usual:
+            return f"its steps take {ratio:.1f} times what they took, others' {usual:.1f} times"
+        return ""

@@ -1,4 +1,6 @@
-"""A request while the plane knows it: where it is, which epoch counts, how often it has moved."""
+"""A request while the plane knows it: where it is, which epoch counts, how often it has moved; and
+how many requests may be recovering at a time.
+"""
 
 from dataclasses import dataclass, field
 
@@ -26,6 +28,8 @@ class Tracked:
     left_worker: str = ""  # it was moved away from before it started, as far as we know
     left_at_s: float = 0.0
     is_blamed: bool = False  # the last one had nothing else that could be why
+    is_lost: bool = False  # something went wrong, and it has not gone on since
+    failed_on: list[str] = field(default_factory=list)  # errors in a row: the workers
     num_refusals: int = 0
     num_replaced: int = 0  # before it started, to a worker that starts it sooner
     avoid_until_s: dict[str, float] = field(default_factory=dict)
@@ -91,3 +95,43 @@ class Tracked:
         return frozenset(
             worker_id for worker_id, until_s in self.avoid_until_s.items() if until_s > now_s
         )
+
+
+def start_by_s(tracked: Tracked, recompute_s: float, now_s: float) -> float:
+    """When a request that lost its worker has to start again to be in time: what is left of its
+    first token's target, or one gap of its stream, less the time to compute its prompt again."""
+    request, slo = tracked.request, tracked.request.slo
+    is_open = tracked.has_first_token
+    due_at_s = now_s + slo.itl_s_p99 if is_open else request.arrived_at_s + slo.ttft_s_p99
+    return due_at_s - recompute_s
+
+
+@dataclass(slots=True)
+class Recoveries:
+    """Requests that started again after something went wrong and have not gone on yet.
+
+    Their number is bounded, so that a loss brings no storm of prompts and a fault that follows
+    requests around costs little: at most recovery_share of the live ones, and recoveries_min
+    always; batch lines take only what online ones leave. Source: retry budget of Envoy."""
+
+    config: ControlPlaneConfig
+    _online: set[str] = field(default_factory=set)
+    _batch: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self._online) + len(self._batch)
+
+    def has_room(self, tracked: Tracked, num_live: int) -> bool:
+        limit = max(self.config.recoveries_min, int(self.config.recovery_share * num_live))
+        held = len(self) if tracked.request.slo.is_batch else len(self._online)
+        return not tracked.is_lost or held < limit
+
+    def began(self, tracked: Tracked) -> None:
+        if tracked.is_lost:
+            kind = self._batch if tracked.request.slo.is_batch else self._online
+            kind.add(tracked.request_id)
+
+    def ended(self, request_id: str) -> None:
+        """It goes on, has ended, or waits again."""
+        self._online.discard(request_id)
+        self._batch.discard(request_id)

@@ -10,7 +10,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.decisions import DecisionBook
 from controlplane.disagg import TransferRates
 from controlplane.domain import Command, Decided, GenerateRequest
-from controlplane.failover import Tracked
+from controlplane.failover import Recoveries, Tracked
 from controlplane.planner import Planner
 from controlplane.pools import Pools
 from controlplane.prefixes import PrefixIndex
@@ -45,6 +45,7 @@ class Placer:
         self.rates = TransferRates(config)
         self.calibration = TTFTCalibration()
         self.decisions = DecisionBook(config)
+        self.recoveries = Recoveries(config)
 
     def start_waiting(self, now_s: float) -> None:
         """Start whatever can start, in the order of the waiting room.
@@ -59,6 +60,8 @@ class Placer:
             has_changed = False
             for request in self.room.next_up():
                 tracked = self._tracked[request.request_id]
+                if not self.recoveries.has_room(tracked, len(self._tracked)):
+                    continue
                 found = self.route(tracked, now_s)
                 late = self._late(tracked, found, now_s)
                 if late is not None and self.room.can_demote(request):
@@ -191,6 +194,7 @@ class Placer:
         request = tracked.request
         waited_s = self.room.waited_s(request.request_id, now_s)
         self.room.take(request)
+        self.recoveries.began(tracked)
         tracked.epoch += 1
         tracked.placement = placement
         tracked.resumable_on = ""

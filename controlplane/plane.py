@@ -62,7 +62,9 @@ class ControlPlane:
             case domain.Finished():
                 self._requests.finished(event, now_s)
             case domain.Stalled():
-                self._requests.stalled(event, now_s)
+                self._requests.mover.stalled(event, now_s)
+            case domain.SequenceFailed():
+                self._requests.mover.sequence_failed(event, now_s)
             case domain.RoleOrdered():
                 self._on_role(event, now_s)
             case domain.DrainOrdered():
@@ -260,9 +262,9 @@ class ControlPlane:
             key=lambda item: (item.request.slo.rank, item.request.arrived_at_s, item.request_id),
         )
         if is_crash:
-            self._requests.strike(worker, now_s)
+            self._requests.mover.strike(worker, now_s)
         for tracked in held:
-            self._requests.move(tracked, worker.worker_id, why, now_s)
+            self._requests.mover.move(tracked, worker.worker_id, why, now_s)
         worker.left()
 
     # --- time ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A worker's epoch is raised at each (re)connection; messages of an older epoch co
 
 import hashlib
 import hmac
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
@@ -20,6 +21,9 @@ from controlplane.latency import (
     prompt_token_s,
     step_s,
 )
+
+PROBE = StepFeatures().with_decodes(8, 8_192).with_tokens(0, 256)  # a step to compare models by
+STEP_RATIOS_KEPT = 20  # of the newest reported steps
 
 
 @dataclass(slots=True)
@@ -87,9 +91,12 @@ class Worker:
     ejected_until_s: float = 0.0
     eject_reason: str = ""
     is_out: bool = False  # suspect or ejected at the last tick
-    num_reports: int = 0  # since it joined or was ejected
+    # Steps lately, each over what it would have taken when the worker joined.
+    step_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=STEP_RATIOS_KEPT))
+    is_on_trial: bool = False  # after an ejection: one online request at a time shows how it is
     surplus_tokens: int = 0  # uncached prompt tokens of surplus requests without an output id
     max_model_len: dict[str, int] = field(default_factory=dict)  # tokens, by model it serves
+    first_model: protocol.StepModel | None = None  # with which it joined; reconnects bring others
     _pace: Pace | None = None
 
     @property
@@ -182,14 +189,43 @@ class Worker:
             and min(load.prefill_tokens_waiting, load.kv_blocks_free, load.kv_blocks_cached) >= 0
         ):
             return
+        is_new_step = self.load is None or load.step_index != self.load.step_index
         self.load, self._pace = load, None
-        self.num_reports += 1
+        if is_new_step and load.predicted_s > 0.0:
+            self.step_ratios.append(self._slowdown(load) * load.measured_s / load.predicted_s)
         for request_id in [key for key, held in self.unreported.items() if held.is_accepted]:
             self.unreported.pop(request_id).is_reported = True
+
+    def _slowdown(self, load: protocol.WorkerLoad) -> float:
+        """A step as its model says now, over the same step when it joined."""
+        assert self.first_model is not None, self.worker_id
+        return step_s(load.step_model, PROBE) / step_s(self.first_model, PROBE)
+
+    @property
+    def step_ratio(self) -> float:
+        """Median of the newest steps over what they would have taken when it joined."""
+        ratios = sorted(self.step_ratios)
+        return ratios[(len(ratios) - 1) // 2] if ratios else 1.0
+
+    def eject(self, until_s: float, why: str) -> None:
+        """No work before until_s; then it is on trial."""
+        self.ejected_until_s, self.eject_reason = until_s, why
+        self.is_on_trial, self._pace = False, None
+        self.step_ratios.clear()
+
+    def set_trial(self, is_on_trial: bool) -> None:
+        """On trial it is predicted as fast as it was when it joined: else it would get no work that
+        could show it."""
+        self.is_on_trial, self.ejected_until_s, self._pace = is_on_trial, 0.0, None
+        if is_on_trial:
+            self.step_ratios.clear()
+        else:
+            self.eject_reason = ""
 
     def joined_with(self, hello: protocol.Hello) -> None:
         """What it is from now on; nothing reported yet."""
         self.hello, self.load, self._pace = hello, None, None
+        self.first_model = self.first_model or hello.step_model
         self.max_model_len = {model.model_id: model.max_model_len for model in hello.models}
 
     def left(self) -> None:
@@ -204,6 +240,8 @@ class Worker:
 
     @property
     def step_model(self) -> protocol.StepModel:
+        if self.is_on_trial and self.first_model is not None:
+            return self.first_model
         return self.load.step_model if self.load else self.hello.step_model
 
     @property
@@ -245,6 +283,13 @@ class Worker:
 
     def is_ejected(self, now_s: float) -> bool:
         return now_s < self.ejected_until_s
+
+    @property
+    def trial_reason(self) -> str:
+        """Why it can take no online request beside the one that tries it, else empty."""
+        if not self.is_on_trial or not self.num_online:
+            return ""
+        return f"tried with one request after it was ejected: {self.eject_reason}"
 
     def is_accepting(self, now_s: float, config: ControlPlaneConfig) -> bool:
         return self.status == "live" and not self.is_suspect(now_s, config)

@@ -22,6 +22,7 @@ from controlplane.domain import Command, Demotion, Rejected
 from controlplane.ejection import Ejector
 from controlplane.failover import Tracked
 from controlplane.ledger import Account, Ledger, worst_case
+from controlplane.moving import Mover
 from controlplane.placing import Placer
 from controlplane.planner import Planner
 from controlplane.prefixes import PrefixIndex
@@ -73,6 +74,15 @@ class Requests:
         self._room = self._placer.room
         self._book = RetryBook(config)
         self._ejector = Ejector(config)
+        self.mover = Mover(
+            config,
+            registry,
+            self._placer,
+            self._ejector,
+            self.tracked,
+            commands,
+            self._reject,
+        )
         self._swept_at_s = 0.0
         self.ledger = Ledger()
         self.is_draining = False
@@ -101,6 +111,7 @@ class Requests:
         return {
             "requests": (len(self.tracked), self._config.requests_max),
             "promises": (len(self._book), self._config.promises_max),
+            "quarantined": (len(self.mover.quarantine), self._config.quarantined_max),
             **self._placer.sizes(),
         }
 
@@ -112,7 +123,7 @@ class Requests:
         tracked = Tracked(request, "queued", now_s)
         account = self.ledger.account(request)
         found: Route | None = None
-        refused = self._refuse(request)
+        refused = self.mover.quarantine.refuse(request, now_s) or self._refuse(request)
         if refused is None:
             found = self._placer.route(tracked, now_s)
             refused = self._admit(tracked, found, account, now_s)
@@ -220,11 +231,9 @@ class Requests:
             self.decisions.first_token(tracked.request_id, tracked.epoch, event.ttft_s)
             self._placer.observe_ttft(tracked, now_s)
         tracked.has_first_token = True
-        tracked.num_strikes = 0
+        self.mover.goes_on(tracked)
         for worker_id in tracked.workers():
-            worker = self._registry.workers[worker_id]
-            worker.first_token(tracked.request_id)
-            self._ejector.succeeded(worker)
+            self._ejector.succeeded(self._registry.workers[worker_id])
         if tracked.phase == "prefill":
             tracked.enter_phase("transfer" if tracked.is_split_open else "decode", now_s)
 
@@ -232,26 +241,7 @@ class Requests:
         tracked = self.tracked.get(event.request_id)
         if tracked is None or tracked.epoch != event.epoch:
             return
-        tracked.num_strikes = 0
-        for worker_id in tracked.workers():
-            self._registry.workers[worker_id].first_token(tracked.request_id)
-
-    def strike(self, worker: Worker, now_s: float) -> None:
-        """The worker died. Each request that it had given no id of yet may be why: from now on it
-        is tried alone until it goes on, so that a second death points at one request.
-
-        A poison request costs two workers; one that kills while it decodes costs one more, since
-        it is no suspect before it has been moved."""
-        unproven = [key for key, held in worker.reservations.items() if held.is_prefilling]
-        for request_id in unproven:
-            tracked = self.tracked[request_id]
-            tracked.num_strikes += 1
-            tracked.is_blamed = tracked.num_strikes > 1 and len(unproven) == 1
-        for tracked in self.tracked.values():  # our cancellation may have come too late
-            is_recent = now_s - tracked.left_at_s <= self._config.left_s_max
-            if tracked.left_worker == worker.worker_id and is_recent:
-                tracked.num_strikes += not tracked.has_first_token
-                tracked.left_worker = ""
+        self.mover.goes_on(tracked)
 
     def finished(self, event: domain.Finished, now_s: float) -> None:
         """Cancelling is free where nothing runs any more, and a stop string ends a sequence that
@@ -261,7 +251,7 @@ class Requests:
             return
         if event.status == "failed" and tracked.workers():
             self._ejector.failed(self._registry.workers[tracked.workers()[-1]])
-        self._leave(tracked, now_s)
+        self.mover.leave(tracked, now_s)
         if event.request_id in self._room:
             self._room.remove(tracked.request)
         slo, ttft_s = tracked.request.slo, tracked.ttft_s
@@ -273,53 +263,6 @@ class Requests:
             self._planner.observe_end(tracked.request, event.output_tokens)
         output_tokens = event.output_tokens if event.status != "failed" else None
         self._forget(tracked, output_tokens, now_s)
-
-    def stalled(self, event: domain.Stalled, now_s: float) -> None:
-        tracked = self.tracked.get(event.request_id)
-        if tracked is None or tracked.epoch != event.epoch or not tracked.workers():
-            return
-        worker_id = tracked.workers()[-1]
-        self._ejector.failed(self._registry.workers[worker_id])
-        tracked.refused_by(worker_id, False, now_s, self._config)
-        self.move(tracked, worker_id, f"ids from {worker_id} stopped arriving", now_s)
-
-    def _leave(self, tracked: Tracked, now_s: float, without: str = "") -> None:
-        """Release what the current epoch holds, cancelling it everywhere but on `without`."""
-        for worker_id in tracked.workers():
-            worker = self._registry.workers.get(worker_id)
-            if worker is None or not worker.release(tracked.request_id):
-                continue
-            self._placer.pools.refile(worker)
-            if worker_id != without and worker.status != "lost":
-                placement = tracked.placement
-                is_first = placement is not None and worker_id == placement.prefill_worker
-                if is_first and not tracked.has_first_token:
-                    tracked.left_worker, tracked.left_at_s = worker_id, now_s
-                self._commands.append(
-                    domain.CancelSequence(worker_id, tracked.request_id, tracked.epoch)
-                )
-
-    def move(self, tracked: Tracked, lost: str, why: str, now_s: float) -> None:
-        """Its worker (or its handoff) failed: it waits, in front of all new work, for another."""
-        is_alone = not tracked.is_split_open
-        worker = self._registry.workers.get(lost)
-        is_gone = worker is not None and worker.status == "lost"
-        self._leave(tracked, now_s, lost if is_gone else "")
-        tracked.resumable_on = lost if is_gone and is_alone else ""
-        tracked.lost_worker, tracked.move_reason = lost, why
-        tracked.cause = "failover" if lost else "handoff_failed"
-        tracked.num_moves += 1
-        tracked.handoff_ready_at_s = None
-        tracked.enter_phase("orphaned", now_s)
-        if tracked.is_blamed or tracked.num_strikes >= self._config.strikes_max:
-            text = f"{tracked.num_strikes} workers died with it before it went on; {why}"
-            self._reject(tracked, Rejected("poison", text, None), now_s)
-            return
-        if tracked.num_moves > self._config.moves_max:
-            text = f"lost its worker {tracked.num_moves} times, at most {self._config.moves_max}"
-            self._reject(tracked, Rejected("retries_exhausted", f"{text}; {why}", None), now_s)
-            return
-        self._room.enter_moving(tracked.request, now_s)
 
     def _reject(self, tracked: Tracked, outcome: Rejected, now_s: float) -> None:
         self._placer.decide_rejected(tracked, outcome, None, now_s)
@@ -367,7 +310,7 @@ class Requests:
                     if message.reason == "unreachable" and not tracked.has_first_token:
                         tracked.num_strikes += 1  # it may have died of it; the news is on its way
                     tracked.recompute_s = now_s - tracked.phase_at_s
-                    self.move(tracked, "", why, now_s)
+                    self.mover.move(tracked, "", why, now_s)
 
     def _on_refused(
         self, worker: Worker, tracked: Tracked, message: protocol.Rejected, now_s: float
@@ -378,19 +321,18 @@ class Requests:
             worker.status = "draining"  # ordered by an earlier console: it will not change
             worker.is_drain_ordered = True
             self._placer.pools.refile(worker)
-        self._leave(tracked, now_s, worker.worker_id)
         tracked.refused_by(worker.worker_id, is_final, now_s, self._config)
-        tracked.move_reason = f"{worker.worker_id} refused it: {message.reason}"
-        tracked.cause = "refused"
-        tracked.enter_phase("queued", now_s)
         pool = self._placer.pools.pool(tracked.request.model_id)
         serving = list(pool.max_model_len) if pool else []
         if all(tracked.avoid_until_s.get(name) == float("inf") for name in serving):
             code = "prompt_too_long" if message.reason == "too_long" else "model_not_served"
             text = f"every worker refused it, {worker.worker_id} last: {message.reason}"
+            self.mover.leave(tracked, now_s, worker.worker_id)
+            tracked.enter_phase("queued", now_s)
             self._reject(tracked, Rejected(code, text, None), now_s)
             return
-        self._room.enter_moving(tracked.request, now_s)
+        why = f"{worker.worker_id} refused it: {message.reason}"
+        self.mover.refused(tracked, worker, why, now_s)
 
     def _on_handoff_done(
         self, worker: Worker, tracked: Tracked, message: protocol.HandoffDone, now_s: float
@@ -425,6 +367,7 @@ class Requests:
             if tracked is not None and is_current and tracked.resumable_on == worker.worker_id:
                 self._room.take(tracked.request)
                 tracked.resumable_on = tracked.lost_worker = tracked.move_reason = ""
+                tracked.is_lost = False
                 tracked.enter_phase("decode", now_s)
                 self._placer.reserve(worker, tracked, "full", 0, is_reported=True)
             if is_current and live.request_id in worker.reservations:
@@ -438,7 +381,9 @@ class Requests:
                 )
         for request_id in [key for key in worker.reservations if key not in going_on]:
             tracked = self.tracked[request_id]
-            self.move(tracked, worker.worker_id, f"{worker.worker_id} came back without it", now_s)
+            self.mover.move(
+                tracked, worker.worker_id, f"{worker.worker_id} came back without it", now_s
+            )
 
     def joined(self, worker: Worker, now_s: float) -> None:
         """A member, or one that is back, with what it still holds."""
@@ -472,7 +417,7 @@ class Requests:
             if found is None:
                 continue
             tracked = waiting.tracked
-            self._leave(tracked, now_s)
+            self.mover.leave(tracked, now_s)
             tracked.num_replaced += 1
             tracked.cause = "replaced"
             tracked.move_reason = (
@@ -480,7 +425,7 @@ class Requests:
                 f" {waiting.worker_id} in {waiting.wait_s * 1000.0:.0f} ms"
             )
             tracked.enter_phase("queued", now_s)
-            self._room.enter_moving(tracked.request, now_s)
+            self._room.enter_moving(tracked.request, now_s, now_s)
             self._placer.start_now(tracked, found, now_s)
 
     def expire(self, now_s: float) -> None:

@@ -86,6 +86,8 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
         return f"nothing heard for {silent_s:.1f} s, in one step for {worker.busy_s:.1f} s"
     if worker.is_ejected(ask.now_s):
         return f"ejected for another {worker.ejected_until_s - ask.now_s:.0f} s"
+    if not request.slo.is_batch and (reason := worker.trial_reason):
+        return reason
     if worker.num_struck or (ask.is_struck and worker.num_unproven):
         return "a request that may have killed a worker is tried alone"
     if worker.worker_id in ask.avoid:

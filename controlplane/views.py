@@ -48,6 +48,8 @@ def _exception(worker: Worker, roles: set[Role], now_s: float) -> str:
     if worker.is_ejected(now_s):
         left_s = worker.ejected_until_s - now_s
         return f"gets no work for another {left_s:.0f} s: {worker.eject_reason}"
+    if worker.is_on_trial:
+        return f"tried with one request at a time: {worker.eject_reason}"
     if worker.status != "live" or "mixed" in roles:
         return ""
     if worker.role == "prefill" and "decode" not in roles:

@@ -1,6 +1,7 @@
 """The waiting room: who may enter, who is next, and who has waited too long.
 
-Requests that have lost their worker go before all that have not started; then classes by rank, fair
+Requests that have lost their worker go before all that have not started, class by class, the one
+with the least time left first; then classes by rank, fair
 over tenants inside a class; then the surplus tier in the same order; batch lines come last.
 """
 
@@ -23,6 +24,7 @@ class WaitingRoom:
     _queues: dict[Line, FairQueue] = field(default_factory=dict)
     _line_of: dict[str, Line] = field(default_factory=dict)  # of requests that have not started
     _moving: OrderedDict[str, GenerateRequest] = field(default_factory=OrderedDict)
+    _start_by_s: dict[str, float] = field(default_factory=dict)  # of those that move
     _since_s: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -65,10 +67,11 @@ class WaitingRoom:
         self._queues.setdefault(line, FairQueue(self.config.tenants_max)).push(request)
         self._line_of[request.request_id] = line
 
-    def enter_moving(self, request: GenerateRequest, now_s: float) -> None:
+    def enter_moving(self, request: GenerateRequest, start_by_s: float, now_s: float) -> None:
         """It had a worker before: it goes on before anything new starts."""
         assert request.request_id not in self._since_s, request.request_id
         self._moving[request.request_id] = request
+        self._start_by_s[request.request_id] = start_by_s
         self._since_s[request.request_id] = now_s
 
     def next_up(self) -> list[GenerateRequest]:
@@ -76,7 +79,12 @@ class WaitingRoom:
         limit = self.config.scan_max
         moving = sorted(
             self._moving.values(),
-            key=lambda request: (request.slo.rank, request.arrived_at_s, request.request_id),
+            key=lambda request: (
+                request.slo.rank,
+                self._start_by_s[request.request_id],
+                request.arrived_at_s,
+                request.request_id,
+            ),
         )
         heads = [head for head in moving if not head.slo.is_batch][:limit]
         batch = [head for head in moving if head.slo.is_batch][:limit]
@@ -88,6 +96,7 @@ class WaitingRoom:
     def take(self, request: GenerateRequest) -> None:
         """The request starts."""
         del self._since_s[request.request_id]
+        self._start_by_s.pop(request.request_id, None)
         if self._moving.pop(request.request_id, None) is None:
             self._queue(request).take(request.request_id)
             del self._line_of[request.request_id]
@@ -95,6 +104,7 @@ class WaitingRoom:
     def remove(self, request: GenerateRequest) -> None:
         """The request ends without (another) start."""
         del self._since_s[request.request_id]
+        self._start_by_s.pop(request.request_id, None)
         if self._moving.pop(request.request_id, None) is None:
             self._queue(request).remove(request.request_id)
             del self._line_of[request.request_id]

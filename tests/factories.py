@@ -90,6 +90,7 @@ def make_request(
     block_hashes: tuple[bytes, ...] = (),
     arrived_at_s: float = 0.0,
     tenant_concurrency_max: int = 100,
+    fingerprint: bytes = b"",
 ) -> domain.GenerateRequest:
     return domain.GenerateRequest(
         request_id=request_id,
@@ -101,4 +102,5 @@ def make_request(
         block_hashes=block_hashes,
         arrived_at_s=arrived_at_s,
         tenant_concurrency_max=tenant_concurrency_max,
+        fingerprint=fingerprint,
     )

@@ -19,7 +19,7 @@ ENDS = frozenset(
         "completed", "cancelled", "queue_full", "queue_timeout", "retries_exhausted", "no_worker",
         "prompt_too_long", "contract_rate", "contract_budget", "contract_concurrency", "late",
         "tenant_concurrency",
-        "poison", "gateway_lost",
+        "poison_request", "worker_error", "gateway_lost",
     }
 )  # fmt: skip
 
@@ -235,7 +235,7 @@ class History:
             assert stream.end, f"I1: {name} has no end after {now_s:.0f} s: {stream}"
             assert stream.end in ENDS, f"I1: {name} ended as {stream.end}"
             is_guilty = name in cluster.poison or self._has_kills
-            assert stream.end != "poison" or is_guilty, f"I13: {name} was harmed: {stream}"
+            assert stream.end != "poison_request" or is_guilty, f"I13: {name} was harmed: {stream}"
             is_complete = len(stream.ids) == stream.tokens
             assert stream.end != "completed" or is_complete, f"I3: {name} {stream}"
         cluster.scan()

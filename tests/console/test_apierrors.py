@@ -18,12 +18,13 @@ from controlplane.domain import Rejected
         ("queue_timeout", 504, "deadline_exceeded"),
         ("prompt_too_long", 400, "context_length_exceeded"),
         ("worker_error", 500, "worker_error"),
+        ("poison_request", 500, "poison_request"),
     ],
 )
 def test_every_rejection_has_its_answer(code, status, answered):
     error = of_rejection(Rejected(code, "because", 1.5), "default")
     assert (error.status, error.code, error.message) == (status, answered, "because")
-    may_repeat = code not in ("retries_exhausted", "worker_error")
+    may_repeat = code not in ("retries_exhausted", "worker_error", "poison_request")
     assert error.should_retry is (None if may_repeat else False)
 
 

@@ -79,18 +79,32 @@ async def test_refusal_is_the_only_item_when_nothing_was_generated():
     assert server.fleet.requests == {}
 
 
-async def test_worker_that_gives_up_ends_the_output_with_a_refusal():
-    server = MemoryServer("abcdef")
-    server.worker.gate, server.worker.ids_before_gate = asyncio.Event(), 2
+async def test_output_that_a_worker_gives_up_goes_on_at_another():
+    server = MemoryServer("abcdef", num_workers=2)
+    for worker in server.workers:
+        worker.gate, worker.ids_before_gate = asyncio.Event(), 2
     stream = server.gateway.generate(make_spec())
-    assert (await anext(stream)).token_ids
-    assert (await anext(stream)).token_ids
-    server.worker.report(server.worker.assigned[0], 2, [99], "error")
-    items = [item async for item in stream]
-    assert [type(item) for item in items] == [Delta, Refusal]
-    assert items[0].token_ids == [99] and items[0].finish_reason is None
-    assert items[1].rejected.code == "worker_error"
+    items = [await anext(stream), await anext(stream)]
+    first, other = sorted(server.workers, key=lambda worker: not worker.assigned)
+    other.gate.set()
+    first.report(first.assigned[0], 2, [ord("c")], "error")
+    items += [item async for item in stream]
+    assert [token for item in items for token in item.token_ids] == list(b"abcdef")
+    assert items[-1].finish_reason == "stop"
+    assert other.assigned[0].delivered == list(b"abc")
+    assert [(fact.status, fact.failovers) for fact in server.request_facts()] == [("completed", 1)]
+
+
+async def test_output_that_two_workers_give_up_ends_with_a_refusal():
+    server = MemoryServer("abcdef", num_workers=2)
+    for worker in server.workers:
+        worker.script = lambda assign: [*b"ab", None]
+    items = await items_of(server, make_spec())
+    assert [token for item in items[:-1] for token in item.token_ids] == list(b"ab")
+    assert items[-1].rejected.code == "worker_error"
     assert [fact.status for fact in server.request_facts()] == ["failed"]
+    (again,) = await items_of(server, make_spec())
+    assert again.rejected.code == "poison_request", "the same prompt of the same tenant"
 
 
 async def test_closing_the_stream_cancels_once():

@@ -1,5 +1,6 @@
 """Journal: each output id once and in order, whatever arrives."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,9 +50,10 @@ def test_finish_without_ids_behind_a_gap_counts_as_missing():
     assert journal.finish_reason is None and journal.missing_since_s == 3.0
 
 
-def test_handing_off_is_no_finish():
+@pytest.mark.parametrize("reason", ["handed_off", "error", "cancelled"])
+def test_end_of_what_one_worker_does_is_no_finish(reason):
     journal = Journal(8, epoch=1)
-    journal.accept(1, 0, [10], 0.0, "handed_off")
+    assert journal.accept(1, 0, [10], 0.0, reason) == [10]
     assert journal.finish_reason is None
     assert journal.accept(1, 1, [11], 0.0, "length") == [11]
     assert journal.finish_reason == "length"

@@ -203,14 +203,11 @@ async def test_stream_writes_through_the_direct_write_of_the_server_when_there_i
 
 
 async def test_failure_midway_ends_the_stream_with_an_error_event(caplog):
-    server = MemoryServer("abcdef")
-    server.worker.gate, server.worker.ids_before_gate = asyncio.Event(), 2
+    server = MemoryServer(num_workers=2)
+    for worker in server.workers:
+        worker.script = lambda assign: [*b"ab", None]
     client = Client(body=json.dumps(chat_body(stream=True)).encode())
-    task = asyncio.create_task(server.app(client.scope, client.receive, client.send))
-    await until(lambda: len(client.chunks) >= 2)
-    assign = server.worker.assigned[0]
-    server.worker.report(assign, 2, [], "cancelled")
-    await task
+    await server.app(client.scope, client.receive, client.send)
     assert client.is_complete
     error = client.events()[-1]["error"]
     assert error["code"] == "worker_error" and error["type"] == "server_error"

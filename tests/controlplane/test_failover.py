@@ -3,8 +3,10 @@
 import pytest
 
 from controlplane import domain, protocol
-from tests.controlplane.rig import Rig, of, rejection
-from tests.factories import BATCH, INTERACTIVE, make_hello, make_load
+from controlplane.config import ControlPlaneConfig
+from controlplane.quarantine import Quarantine
+from tests.controlplane.rig import Rig, of, placement, rejection
+from tests.factories import BATCH, INTERACTIVE, make_hello, make_load, make_request
 
 LIVE = protocol.LiveSequence
 
@@ -372,10 +374,12 @@ def test_request_that_kills_two_workers_is_given_up_and_its_neighbours_go_on():
     assert rig.worker("w1").requests == 3
     rig.send("w2", make_load()), rig.send("w3", make_load())
     commands = rig.close("w1")
+    assert [item.request_id for item in of(domain.Dispatch, commands)] == ["proven", "neighbour"]
+    commands += rig.handle(domain.Progressed("proven", 2))
     where = {item.request_id: item.worker_id for item in of(domain.Dispatch, commands)}
     assert where["neighbour"] != where["poison"], "suspects are tried alone"
     outcome = rejection(rig.close(where["poison"]))
-    assert outcome.code == "poison" and "2 workers died with it" in outcome.message
+    assert outcome.code == "poison_request" and "2 workers died with it" in outcome.message
     assert outcome.retry_after_s is None
     assert rig.request("neighbour") is not None and rig.request("proven") is not None
 
@@ -431,4 +435,146 @@ def test_request_that_was_left_before_it_started_is_a_suspect_when_that_worker_d
     rig.join("decode")
     rig.close("w1")
     (decided,) = [item for item in of(domain.Decided, rig.close("w2")) if item.request_id == "r1"]
-    assert decided.outcome.code == "poison"
+    assert decided.outcome.code == "poison_request"
+
+
+def test_prompt_of_a_poison_request_is_refused_for_ten_minutes():
+    rig = Rig()
+    for _ in range(4):
+        rig.join("decode")
+    rig.submit("r1", fingerprint=b"f")
+    for _ in range(2):
+        commands = rig.close(rig.request("r1").placement.decode_worker)
+    assert rejection(commands).code == "poison_request"
+    assert [view.status for view in rig.plane.view(0.0).workers].count("lost") == 2
+    refused = rejection(rig.submit("r2", fingerprint=b"f"))
+    assert (refused.code, refused.retry_after_s) == ("poison_request", 600.0)
+    assert of(domain.Dispatch, rig.submit("r3", fingerprint=b"g"))
+    rig.now_s = 600.0
+    assert rig.plane.sizes()["quarantined"] == (1, 1_024)
+    for worker_id in ("w3", "w4"):
+        rig.send(worker_id, make_load())
+    assert of(domain.Dispatch, rig.submit("r4", fingerprint=b"f"))
+    assert rig.plane.sizes()["quarantined"] == (0, 1_024)
+
+
+def test_quarantine_forgets_its_oldest_at_its_limit():
+    quarantine = Quarantine(ControlPlaneConfig(quarantined_max=2))
+    for index in range(3):
+        quarantine.add(make_request(fingerprint=b"%d" % index), 0.0)
+    quarantine.add(make_request(), 0.0)
+    known = [quarantine.refuse(make_request(fingerprint=b"%d" % index), 1.0) for index in range(3)]
+    assert len(quarantine) == 2 and known[0] is None and None not in known[1:]
+
+
+# --- sequences that end in an error ---------------------------------------------------------------
+
+
+def test_failed_sequence_moves_and_its_worker_is_out_for_a_while():
+    rig = Rig()
+    for _ in range(3):
+        rig.join("decode")
+    rig.submit()
+    rig.handle(domain.FirstToken("r1", 0.1))
+    commands = rig.handle(domain.SequenceFailed("w1", "r1", 1))
+    assert [item.epoch for item in of(domain.Dispatch, commands)] == [2]
+    assert "failed on it" in rig.worker("w1").exception
+    assert all(placement(rig.submit(f"n{index}")).decode_worker != "w1" for index in range(6))
+    assert rig.handle(domain.SequenceFailed("w1", "r1", 1)) == [], "an older epoch"
+    assert rig.handle(domain.SequenceFailed("w1", "r1", 2)) == [], "not its worker"
+    assert rig.handle(domain.SequenceFailed("w1", "gone", 1)) == []
+
+
+def test_request_that_fails_on_two_workers_ends_and_they_are_innocent():
+    rig = Rig()
+    for _ in range(4):
+        rig.join("mixed")
+    rig.submit(fingerprint=b"f")
+    rig.handle(domain.SequenceFailed("w1", "r1", 1))
+    second = rig.request().placement.decode_worker
+    commands = rig.handle(domain.SequenceFailed(second, "r1", 2))
+    refused = rejection(commands)
+    assert refused.code == "worker_error" and refused.retry_after_s is None
+    assert of(domain.CancelSequence, commands) == [domain.CancelSequence(second, "r1", 2)]
+    assert all(view.exception == "" for view in rig.plane.view(rig.now_s).workers)
+    assert rejection(rig.submit("r2", fingerprint=b"f")).code == "poison_request"
+
+
+def test_errors_count_in_a_row_only():
+    rig = Rig()
+    for _ in range(6):
+        rig.join("mixed")
+    rig.submit()
+    for epoch in range(1, 5):
+        worker_id = rig.request().placement.decode_worker
+        rig.handle(domain.SequenceFailed(worker_id, "r1", epoch))
+        rig.handle(domain.Progressed("r1", epoch + 1))
+    assert rig.request().epoch == 5
+    out = [view for view in rig.plane.view(rig.now_s).workers if view.exception]
+    assert len(out) == 3, "not more than half of them"
+
+
+def test_error_on_the_only_worker_is_tried_there_once_more():
+    rig = Rig(avoid_s=0.25)
+    rig.join("mixed")
+    rig.submit()
+    assert of(domain.Dispatch, rig.handle(domain.SequenceFailed("w1", "r1", 1))) == []
+    commands = rig.tick(0.4, heard=("w1",))
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w1", "r1", 2, "full")]
+
+
+# --- how many recover at a time -------------------------------------------------------------------
+
+
+def dispatched(commands: list[domain.Command]) -> list[str]:
+    return [item.request_id for item in of(domain.Dispatch, commands)]
+
+
+def test_a_share_of_the_live_requests_recovers_at_a_time_and_batch_last():
+    rig = Rig(recoveries_min=3, recovery_share=0.2)
+    rig.join("decode")
+    for index in range(10):
+        rig.submit(f"r{index}")
+        rig.handle(domain.FirstToken(f"r{index}", 0.1))
+    rig.submit("line", slo=BATCH)
+    rig.handle(domain.FirstToken("line", 0.1))
+    rig.join("decode"), rig.join("decode")
+    assert dispatched(rig.close("w1")) == ["r0", "r1", "r2"]
+    moved = []
+    for index in range(10):
+        moved += dispatched(rig.handle(domain.Progressed(f"r{index}", 2)))
+    assert moved == ["r3", "r4", "r5", "r6", "r7", "r8", "r9", "line"]
+
+
+def test_share_grows_with_the_live_requests():
+    rig = Rig(recoveries_min=3, recovery_share=0.2)
+    rig.join("decode")
+    for index in range(30):
+        rig.submit(f"r{index}")
+        rig.handle(domain.FirstToken(f"r{index}", 0.1))
+    rig.join("decode")
+    rig.now_s += 0.1
+    assert len(dispatched(rig.close("w1"))) == 6
+
+
+def test_recovering_request_that_ends_or_moves_again_makes_room():
+    rig = Rig(recoveries_min=1, recovery_share=0.01)
+    rig.join("decode")
+    for index in range(4):
+        rig.submit(f"r{index}")
+        rig.handle(domain.FirstToken(f"r{index}", 0.1))
+    rig.join("decode"), rig.join("decode")
+    assert dispatched(rig.close("w1")) == ["r0"]
+    assert dispatched(rig.finish("r0", "cancelled")) == ["r1"]
+    assert dispatched(rig.handle(domain.Stalled("r1", 2))) == ["r1"]
+    assert dispatched(rig.handle(domain.Progressed("r1", 3))) == ["r2"]
+
+
+def test_least_laxity_goes_first_within_a_class():
+    rig = Rig(recoveries_min=1)
+    rig.join("decode")
+    rig.submit("short", prompt_tokens=40), rig.submit("long", prompt_tokens=900)
+    for request_id in ("short", "long"):
+        rig.handle(domain.FirstToken(request_id, 0.1))
+    rig.join("decode")
+    assert dispatched(rig.close("w1")) == ["long"], "its prompt takes longer, its gap is the same"
