@@ -41,6 +41,11 @@ class Exchange:
         values = [value for key, value in self.scope["headers"] if key == name]
         return values[0].decode("latin1") if len(values) == 1 else None
 
+    def record(self, send: Send) -> None:
+        """From now on everything goes through `send`, the direct write of streams too."""
+        self.send = send
+        self.scope = {**self.scope, "extensions": {}}
+
     def has_header(self, name: bytes) -> bool:
         return any(key == name for key, _ in self.scope["headers"])
 
@@ -115,6 +120,10 @@ class EventWriter:
     def is_open(self) -> bool:
         return self._exchange.is_started
 
+    def add_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """For an answer that the exchange gives instead of a stream."""
+        self._exchange.extra_headers += headers
+
     async def open(self, headers: list[tuple[bytes, bytes]]) -> None:
         if not self.is_open:
             self._exchange.extra_headers += [*headers, (b"x-accel-buffering", b"no")]
@@ -131,8 +140,10 @@ class EventWriter:
             await self._exchange.send(message)
 
     async def finish(self, data: bytes) -> None:
-        await self.write(data)
-        await self._exchange.send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self._write_now is not None:
+            await self.write(data)
+            data = b""
+        await self._exchange.send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def ping(self, silence_s: float) -> None:
         """A comment line after that much silence; it opens the stream of a request in a queue."""

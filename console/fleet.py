@@ -24,7 +24,7 @@ from console.writer import FactWriter
 from controlplane import domain, protocol
 from controlplane.contracts import Preview
 from controlplane.decisions import Explanation
-from controlplane.ledger import AccountView
+from controlplane.ledger import AccountView, RateView
 from controlplane.plane import ControlPlane
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,10 @@ class Fleet:
     def explain(self, request_id: str) -> Explanation | None:
         """Every decision about a request that runs or has ended not long ago."""
         return self._plane.explain(request_id)
+
+    def rates(self, live: LiveRequest) -> tuple[RateView, RateView] | None:
+        """See ControlPlane.rates."""
+        return self._plane.rates(live.request, self.now_s())
 
     def accounts(self) -> tuple[AccountView, ...]:
         """Contracts and where they stand, for pages and metrics."""

@@ -33,6 +33,7 @@ from console.stops import OutputText
 from console.writer import FactWriter
 from controlplane import domain, protocol
 from controlplane.decisions import Explanation
+from controlplane.ledger import RateView
 
 HASH_BLOCK_TOKENS = 16  # of the router's prefix index; workers' blocks are multiples of it
 EVENTS_SLACK = 64  # decisions that may wait beside one event per output token
@@ -47,6 +48,9 @@ class RequestFleet(Protocol):
 
     def submit(self, live: LiveRequest) -> None:
         """Ask the plane for a place; outcomes and ids arrive in `live.events`."""
+
+    def rates(self, live: LiveRequest) -> "tuple[RateView, RateView] | None":
+        """Requests and tokens a minute that the request's contract allows, None without one."""
 
     def first_token(self, live: LiveRequest, ttft_s: float) -> None: ...
 
@@ -81,6 +85,9 @@ class Gateway:
 
     def now_s(self) -> float:
         return self._fleet.now_s()
+
+    def rates(self, live: LiveRequest) -> tuple[RateView, RateView] | None:
+        return self._fleet.rates(live)
 
     async def generate(
         self, spec: GenerateSpec, live: LiveRequest | None = None

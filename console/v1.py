@@ -10,41 +10,36 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 
-from console import auth, choices, state
-from console.apierrors import ApiError, invalid, model_not_found, of_rejection
+from console import auth, idempotency, state
+from console.answering import Encoders, answer_stream, answer_whole
+from console.apierrors import ApiError, invalid, model_not_found
 from console.caps import load_json, quote
 from console.choices import choices_of
 from console.exchange import (
     ClientGone,
-    EventWriter,
     Exchange,
     Receive,
     Scope,
     Send,
-    disconnected,
-    end_tasks,
     read_body,
 )
 from console.gateway import Gateway
-from console.generation import GenerateSpec, LiveRequest, Refusal, Usage
 from console.grammars import grammar_refused
 from console.options import ParsedRequest
 from console.requests import parse_chat, parse_completion, spec_of
-from console.responses import ResponseEncoder, parse_response, response_json
+from console.responses import ResponseEncoder, parse_response
 from console.snapshot import KeyFacts, Snapshot, TenantFacts
 from console.sse import (
     ChunkEncoder,
     Envelope,
     GenerateEndpoint,
-    body_json,
     error_event,
-    usage_sum,
 )
 from console.tokens import Tokenizers
 from controlplane.errors import ConfigError
@@ -55,6 +50,7 @@ PING_S = 10.0  # silence after which a stream says that it is alive
 THREAD_BODY_BYTES = 4 << 10  # larger bodies are parsed and tokenised beside the event loop
 PARSERS_MAX = 2  # of those at a time
 PARSING_MAX = 32  # of those at a time or waiting: 4 MiB each at most
+DEADLINE_MS_MAX = 3_600_000
 STARTED_AT = int(time.time())  # `created` of models
 _ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
     "/v1/chat/completions": ("chat", parse_chat),
@@ -150,16 +146,44 @@ class V1:
         endpoint: GenerateEndpoint,
         parse: Callable[..., ParsedRequest | ApiError],
     ) -> ApiError | None:
-        gateway: Gateway = services.gateway
-        arrived_at_s = gateway.now_s()
         error = _content_error(exchange)
         if error is not None:
             return error
         raw = await read_body(exchange.receive)
         if isinstance(raw, ApiError):
             return raw
+        begun = await idempotency.begin(services.writer, exchange, key.tenant_id, raw)
+        if isinstance(begun, ApiError):
+            return begun
+        if isinstance(begun, idempotency.Replay):
+            await idempotency.replay(exchange, begun)
+            return None
+        try:
+            return await self._run(exchange, services, snapshot, key, raw, endpoint, parse)
+        finally:
+            if begun is not None:
+                await begun.end()
+
+    async def _run(
+        self,
+        exchange: Exchange,
+        services: Any,
+        snapshot: Snapshot,
+        key: KeyFacts,
+        raw: bytes,
+        endpoint: GenerateEndpoint,
+        parse: Callable[..., ParsedRequest | ApiError],
+    ) -> ApiError | None:
+        gateway: Gateway = services.gateway
+        arrived_at_s = gateway.now_s()
         tenant = snapshot.tenants[key.tenant_id]
+        deadline_s = _deadline_s(exchange)
+        if isinstance(deadline_s, ApiError):
+            return deadline_s
         parsed = await self._parse(raw, parse, snapshot, services.tokenizers, tenant)
+        if isinstance(parsed, ApiError):
+            return parsed
+        parsed = _in_class(exchange, parsed, snapshot)
         if isinstance(parsed, ApiError):
             return parsed
         specs = choices_of(
@@ -178,7 +202,7 @@ class V1:
         )
         with_ids = exchange.header(b"x-slackwater-debug") == "ids"
         if parsed.stream:
-            encoders: list[ChunkEncoder] | list[ResponseEncoder]
+            encoders: Encoders
             if endpoint == "responses":
                 encoders = [ResponseEncoder(envelope, with_ids, specs[0].shape)]
             else:
@@ -186,8 +210,8 @@ class V1:
                     ChunkEncoder(envelope, parsed.include_usage, with_ids, spec.shape, index)
                     for index, spec in enumerate(specs)
                 ]
-            return await _stream(exchange, gateway, specs, encoders, self._ping_s)
-        return await _whole(exchange, gateway, specs, envelope, with_ids)
+            return await answer_stream(exchange, gateway, specs, encoders, self._ping_s, deadline_s)
+        return await answer_whole(exchange, gateway, specs, envelope, with_ids, deadline_s)
 
     async def _parse(
         self,
@@ -234,6 +258,31 @@ def _key(exchange: Exchange, snapshot: Snapshot) -> KeyFacts | ApiError:
     return key
 
 
+def _deadline_s(exchange: Exchange) -> float | None | ApiError:
+    """`x-deadline-ms`: the whole answer within so many milliseconds, or an error instead."""
+    if not exchange.has_header(b"x-deadline-ms"):
+        return None
+    text = exchange.header(b"x-deadline-ms") or ""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= DEADLINE_MS_MAX):
+        message = f"x-deadline-ms must be an integer from 1 to {DEADLINE_MS_MAX}."
+        return invalid(message, None, "invalid_deadline")
+    return int(text[:9]) / 1000
+
+
+def _in_class(
+    exchange: Exchange, parsed: ParsedRequest, snapshot: Snapshot
+) -> ParsedRequest | ApiError:
+    """`x-slo-class` names the class outright, instead of a tier."""
+    if not exchange.has_header(b"x-slo-class"):
+        return parsed
+    facts = snapshot.classes.get(exchange.header(b"x-slo-class") or "")
+    if facts is None or facts.slo.is_batch:
+        names = sorted(n for n, other in snapshot.classes.items() if not other.slo.is_batch)
+        message = f"x-slo-class must be one of {', '.join(names)}."
+        return invalid(message, None, "invalid_slo_class")
+    return replace(parsed, slo=facts.slo, service_tier=facts.service_tier)
+
+
 def _content_error(exchange: Exchange) -> ApiError | None:
     """Only plain JSON is read: no other type, no other charset, no compression."""
     media_type, _, options = (exchange.header(b"content-type") or "").partition(";")
@@ -272,99 +321,3 @@ def _checked(parsed: ParsedRequest | ApiError, tokenizers: Tokenizers) -> Parsed
         return parsed
     problem = tokenizers.grammars.check(parsed.sampling.grammar)
     return grammar_refused(problem) if problem else parsed
-
-
-async def _whole(
-    exchange: Exchange,
-    gateway: Gateway,
-    specs: list[GenerateSpec],
-    envelope: Envelope,
-    with_ids: bool,
-) -> ApiError | None:
-    """Generate all, answer once; nothing is answered to a client that has gone."""
-    lives = [gateway.prepare(spec) for spec in specs]
-    generation = asyncio.ensure_future(choices.collect(gateway, specs, lives))
-    watch = asyncio.ensure_future(disconnected(exchange.receive))
-    try:
-        await asyncio.wait({generation, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not generation.done():
-            return None
-        outcome = generation.result()
-    finally:
-        await end_tasks(generation, watch)
-    if isinstance(outcome, Refusal):
-        return of_rejection(outcome.rejected, envelope.service_tier)
-    exchange.extra_headers += _placement_headers(lives[0])
-    render = response_json if envelope.endpoint == "responses" else body_json
-    await exchange.answer(200, render(envelope, outcome, specs[0].shape, with_ids))
-    return None
-
-
-async def _stream(
-    exchange: Exchange,
-    gateway: Gateway,
-    specs: list[GenerateSpec],
-    encoders: list[ChunkEncoder] | list[ResponseEncoder],
-    ping_s: float,
-) -> ApiError | None:
-    """Write chunks as deltas come; headers wait for the first, so that a refusal has a status."""
-    writer = EventWriter(exchange)
-    generation = asyncio.ensure_future(_produce(writer, gateway, specs, encoders))
-    watch = asyncio.ensure_future(disconnected(exchange.receive))
-    try:
-        while not generation.done() and not watch.done():
-            await asyncio.wait(
-                {generation, watch}, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not generation.done() and not watch.done():
-                await writer.ping(ping_s)
-        if not generation.done():
-            return None
-        return generation.result()
-    finally:
-        await end_tasks(generation, watch)
-
-
-async def _produce(
-    writer: EventWriter,
-    gateway: Gateway,
-    specs: list[GenerateSpec],
-    encoders: list[ChunkEncoder] | list[ResponseEncoder],
-) -> ApiError | None:
-    lives = [gateway.prepare(spec) for spec in specs]
-    unopened = set(range(len(specs)))
-    usages: list[Usage] = []
-    async with aclosing(choices.generate(gateway, specs, lives)) as items:
-        async for index, item in items:
-            if isinstance(item, Refusal):
-                error = of_rejection(item.rejected, specs[index].service_tier)
-                if not writer.is_open:
-                    return error
-                await writer.finish(encoders[index].error(error))
-                return None
-            if not writer.is_open:
-                await writer.open(_placement_headers(lives[index]))
-            encoder, head = encoders[index], b""
-            if index in unopened:
-                unopened.remove(index)
-                head = encoder.opening()
-            data = head + encoder.delta(item)
-            if item.usage is not None:
-                usages.append(item.usage)
-            if len(usages) < len(specs):
-                await writer.write(data)
-            else:
-                await writer.finish(data + encoder.closing(usage_sum(usages)))
-                return None
-    raise AssertionError(f"request {lives[0].request_id} ended without an outcome")
-
-
-def _placement_headers(live: LiveRequest) -> list[tuple[bytes, bytes]]:
-    """Where the request runs and how long it waited, as known when the headers go out."""
-    headers = [(b"x-slackwater-decision-id", live.request_id.encode())]
-    if live.placement is not None:
-        headers.append((b"x-slackwater-worker", live.placement.decode_worker.encode()))
-        headers.append((b"x-slackwater-split", live.placement.split.encode()))
-    if live.waited_s is not None:
-        headers.append((b"x-slackwater-queue-ms", b"%.1f" % (live.waited_s * 1000)))
-    return headers

@@ -17,6 +17,15 @@ BURN_FAST_BUCKETS = 5
 MILLION = 1_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class RateView:
+    """One rate limit as a client is told of it."""
+
+    limit: int
+    remaining: int
+    reset_s: float  # until nothing of the last minute counts any more
+
+
 class RateWindow:
     """Amounts admitted in the last minute, by whole second; at most `limit` in any 60 s."""
 
@@ -54,6 +63,13 @@ class RateWindow:
         assert self.total <= self.limit, (self.total, self.limit)
         self._amounts[self._second % RATE_BUCKETS] += amount
         return self._second
+
+    def view(self, now_s: float) -> RateView:
+        self._advance(now_s)
+        seconds = range(self._second, self._second - RATE_BUCKETS, -1)
+        newest = next((s for s in seconds if self._amounts[s % RATE_BUCKETS]), None)
+        reset_s = 0.0 if newest is None else newest + RATE_BUCKETS - now_s
+        return RateView(self.limit, max(0, self.limit - self.total), reset_s)
 
     def refund(self, amount: int, second: int, now_s: float) -> None:
         """Give back what was added in `second`, when that second still counts."""
@@ -226,6 +242,13 @@ class Ledger:
         """The contract that the request comes under, if any."""
         key = (request.tenant_id, request.model_id, request.slo.name)
         return None if key in self._ended else self._accounts.get(key)
+
+    def rates(self, request: GenerateRequest, now_s: float) -> tuple[RateView, RateView] | None:
+        """Requests and tokens a minute of the request's contract, None without one."""
+        account = self.account(request)
+        if account is None:
+            return None
+        return account.requests.view(now_s), account.tokens.view(now_s)
 
     def reserve(self, account: Account, request: GenerateRequest, tier: Tier, now_s: float) -> None:
         """Debit the worst case. The caller has asked refuse_hard, and for the guaranteed tier

@@ -16,7 +16,7 @@ from controlplane.contracts import Preview, preview
 from controlplane.decisions import Explanation
 from controlplane.domain import Command
 from controlplane.gpuledger import GpuLedger, GpuView
-from controlplane.ledger import AccountView
+from controlplane.ledger import AccountView, RateView
 from controlplane.planner import Flip, Planner
 from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
@@ -119,6 +119,12 @@ class ControlPlane:
     def accounts(self, now_s: float) -> tuple[AccountView, ...]:
         """Every contract and where it stands."""
         return self._requests.ledger.views(now_s)
+
+    def rates(
+        self, request: domain.GenerateRequest, now_s: float
+    ) -> tuple[RateView, RateView] | None:
+        """Requests and tokens a minute of the request's contract; None without one."""
+        return self._requests.ledger.rates(request, now_s)
 
     def gpu_seconds(self) -> tuple[GpuView, ...]:
         """How each worker has spent its time, and whether that adds up."""

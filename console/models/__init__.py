@@ -3,6 +3,7 @@
 from console.models.contracts import ContractRow
 from console.models.files import Batch, BatchLine, File
 from console.models.fleet import Model, SLOClassRow, Worker, ensure_default_classes
+from console.models.idempotency import IdempotencyRecord
 from console.models.requests import PlanRecord, RequestRecord
 from console.models.tenants import ApiKey, ApiToken, Quota, Tenant
 
@@ -13,6 +14,7 @@ __all__ = [
     "BatchLine",
     "ContractRow",
     "File",
+    "IdempotencyRecord",
     "Model",
     "PlanRecord",
     "Quota",

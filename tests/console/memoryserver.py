@@ -155,6 +155,7 @@ class MemoryServer:
             gateway=self.gateway,
             snapshot=SimpleNamespace(current=snapshot or make_snapshot()),
             tokenizers=Tokenizers(),
+            writer=None,
             draining=False,
         )
         self.app = V1(lambda: self.services)

@@ -8,7 +8,9 @@ import pytest
 
 from console import v1
 from console.daphneserver import WRITE_EXTENSION
+from console.rateheaders import go_duration
 from console.snapshot import ModelFacts
+from controlplane import domain
 from tests.console.memoryserver import (
     CLASSES,
     KEY,
@@ -515,3 +517,75 @@ async def test_every_class_can_be_the_default_of_a_tenant():
         tenants = {"acme": replace(TENANT, default_class=name)}
         server = MemoryServer(snapshot=make_snapshot(tenants=tenants))
         assert (await server.chat()).json()["service_tier"] == CLASSES[name].service_tier
+
+
+# --- headers of ours -----------------------------------------------------------------------------
+
+
+async def test_a_class_can_be_named_outright():
+    server = MemoryServer()
+    body = json.dumps(chat_body()).encode()
+    answered = await server.call(body=body, headers={"x-slo-class": "interactive"})
+    assert answered.json()["service_tier"] == "priority"
+    for name in ("batch", "nothing", ""):
+        refused = await server.call(body=body, headers={"x-slo-class": name})
+        assert_error(refused, 400, "invalid_slo_class")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_is_not_there_in_time_becomes_an_error(stream):
+    server = MemoryServer()
+    server.worker.gate, server.worker.ids_before_gate = asyncio.Event(), 0
+    body = json.dumps(chat_body(stream=stream)).encode()
+    late = await server.call(body=body, headers={"x-deadline-ms": "30"})
+    error = assert_error(late, 504, "deadline_exceeded")
+    assert "x-deadline-ms" in error["message"]
+    assert late.headers["x-should-retry"] == "false"
+    await until(lambda: server.worker.cancelled)
+
+
+async def test_a_stream_that_overruns_its_deadline_says_so_in_an_event():
+    server = MemoryServer()
+    server.worker.gate, server.worker.ids_before_gate = asyncio.Event(), 3
+    body = json.dumps(chat_body(stream=True)).encode()
+    late = await server.call(body=body, headers={"x-deadline-ms": "200"})
+    assert late.status == 200 and late.is_complete
+    last = [line for line in late.body.decode().splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "x", "3600001", "9" * 30])
+async def test_bad_deadlines_are_refused(text):
+    server = MemoryServer()
+    body = json.dumps(chat_body()).encode()
+    refused = await server.call(body=body, headers={"x-deadline-ms": text})
+    assert_error(refused, 400, "invalid_deadline")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_rates_of_the_contract_are_told_on_success_and_refusal(stream):
+    server = MemoryServer()
+    contract = domain.Contract(
+        tenant_id="acme",
+        model_id=MODEL_ID,
+        class_name="standard",
+        requests_per_min=2,
+        tokens_per_min=10_000,
+        concurrency_max=8,
+        over_limit="reject",
+    )
+    server.fleet.handle(domain.ContractsSet((contract,)))
+    told = [await server.chat(stream=stream, max_tokens=50) for _ in range(3)]
+    assert [exchange.status for exchange in told] == [200, 200, 429]
+    left = [exchange.headers["x-ratelimit-remaining-requests"] for exchange in told]
+    assert left == ["1", "0", "0"]
+    for exchange in told:
+        assert exchange.headers["x-ratelimit-limit-requests"] == "2"
+        assert exchange.headers["x-ratelimit-limit-tokens"] == "10000"
+        assert exchange.headers["x-ratelimit-reset-tokens"].endswith("s")
+    assert int(told[2].headers["retry-after-ms"]) <= 61_000
+
+
+def test_durations_are_written_as_go_writes_them():
+    told = {0.0: "0ms", 0.02: "20ms", 1.0: "1s", 1.5: "1.5s", 59.9996: "1m0s", 360.0: "6m0s"}
+    assert {seconds: go_duration(seconds) for seconds in told} == told

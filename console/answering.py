@@ -1,0 +1,142 @@
+"""How a generation is answered: all at once, or as a stream of events.
+
+Both watch for a client that has gone, because Daphne's `send` stays silent for it, and for the
+deadline that the client gave.
+"""
+
+import asyncio
+import math
+import time
+from contextlib import aclosing
+
+from console import choices
+from console.apierrors import ApiError, of_rejection
+from console.exchange import EventWriter, Exchange, disconnected, end_tasks
+from console.gateway import Gateway
+from console.generation import GenerateSpec, LiveRequest, Refusal, Usage
+from console.rateheaders import rate_headers
+from console.responses import ResponseEncoder, response_json
+from console.sse import ChunkEncoder, Envelope, body_json, usage_sum
+
+DEADLINE_EXCEEDED = ApiError(
+    504,
+    "deadline_exceeded",
+    "The answer was not complete within x-deadline-ms.",
+    should_retry=False,
+)
+Encoders = list[ChunkEncoder] | list[ResponseEncoder]
+
+
+async def answer_whole(
+    exchange: Exchange,
+    gateway: Gateway,
+    specs: list[GenerateSpec],
+    envelope: Envelope,
+    with_ids: bool,
+    deadline_s: float | None,
+) -> ApiError | None:
+    """Generate all, answer once; nothing is answered to a client that has gone."""
+    lives = [gateway.prepare(spec) for spec in specs]
+    generation = asyncio.ensure_future(choices.collect(gateway, specs, lives))
+    watch = asyncio.ensure_future(disconnected(exchange.receive))
+    try:
+        await asyncio.wait(
+            {generation, watch}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not generation.done():
+            return None if watch.done() else DEADLINE_EXCEEDED
+        outcome = generation.result()
+    finally:
+        await end_tasks(generation, watch)
+    exchange.extra_headers += rate_headers(gateway.rates(lives[0]))
+    if isinstance(outcome, Refusal):
+        return of_rejection(outcome.rejected, envelope.service_tier)
+    exchange.extra_headers += _placement_headers(lives[0])
+    render = response_json if envelope.endpoint == "responses" else body_json
+    await exchange.answer(200, render(envelope, outcome, specs[0].shape, with_ids))
+    return None
+
+
+async def answer_stream(
+    exchange: Exchange,
+    gateway: Gateway,
+    specs: list[GenerateSpec],
+    encoders: Encoders,
+    ping_s: float,
+    deadline_s: float | None,
+) -> ApiError | None:
+    """Write chunks as deltas come; headers wait for the first, so that a refusal has a status."""
+    writer = EventWriter(exchange)
+    generation = asyncio.ensure_future(_produce(writer, gateway, specs, encoders))
+    watch = asyncio.ensure_future(disconnected(exchange.receive))
+    try:
+        ends_at_s = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        while not generation.done() and not watch.done():
+            left_s = ends_at_s - time.monotonic()
+            if left_s <= 0:
+                break
+            await asyncio.wait(
+                {generation, watch},
+                timeout=min(ping_s, left_s),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not generation.done() and not watch.done():
+                await writer.ping(ping_s)
+        if not generation.done():
+            if watch.done():
+                return None
+            await end_tasks(generation)
+            if not writer.is_open:
+                return DEADLINE_EXCEEDED
+            await writer.finish(encoders[0].error(DEADLINE_EXCEEDED))
+            return None
+        return generation.result()
+    finally:
+        await end_tasks(generation, watch)
+
+
+async def _produce(
+    writer: EventWriter,
+    gateway: Gateway,
+    specs: list[GenerateSpec],
+    encoders: Encoders,
+) -> ApiError | None:
+    lives = [gateway.prepare(spec) for spec in specs]
+    unopened = set(range(len(specs)))
+    usages: list[Usage] = []
+    async with aclosing(choices.generate(gateway, specs, lives)) as items:
+        async for index, item in items:
+            if isinstance(item, Refusal):
+                error = of_rejection(item.rejected, specs[index].service_tier)
+                if not writer.is_open:
+                    writer.add_headers(rate_headers(gateway.rates(lives[index])))
+                    return error
+                await writer.finish(encoders[index].error(error))
+                return None
+            if not writer.is_open:
+                headers = rate_headers(gateway.rates(lives[index]))
+                await writer.open(headers + _placement_headers(lives[index]))
+            encoder, head = encoders[index], b""
+            if index in unopened:
+                unopened.remove(index)
+                head = encoder.opening()
+            data = head + encoder.delta(item)
+            if item.usage is not None:
+                usages.append(item.usage)
+            if len(usages) < len(specs):
+                await writer.write(data)
+            else:
+                await writer.finish(data + encoder.closing(usage_sum(usages)))
+                return None
+    raise AssertionError(f"request {lives[0].request_id} ended without an outcome")
+
+
+def _placement_headers(live: LiveRequest) -> list[tuple[bytes, bytes]]:
+    """Where the request runs and how long it waited, as known when the headers go out."""
+    headers = [(b"x-slackwater-decision-id", live.request_id.encode())]
+    if live.placement is not None:
+        headers.append((b"x-slackwater-worker", live.placement.decode_worker.encode()))
+        headers.append((b"x-slackwater-split", live.placement.split.encode()))
+    if live.waited_s is not None:
+        headers.append((b"x-slackwater-queue-ms", b"%.1f" % (live.waited_s * 1000)))
+    return headers
