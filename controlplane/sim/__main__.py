@@ -5,6 +5,7 @@ python -m controlplane.sim coserve [--sweep]      interactive and batch work on 
 python -m controlplane.sim latency                honesty of the latency model
 python -m controlplane.sim router                 cost of a routing decision, in real time
 python -m controlplane.sim ledger                 does every worker account for all of its time
+python -m controlplane.sim deadlines              promises of batch deadlines over 28 days
 python -m controlplane.sim swarm [--seeds N]      whole clusters under faults, all laws checked
 python -m controlplane.sim swarm --seed S --shrink    one of them again, and made smaller
 """
@@ -18,7 +19,16 @@ import time
 from collections import Counter
 
 from controlplane import kappas
-from controlplane.sim import coserve, coverage, ledgercheck, routerbench, scenario, shrink, swarm
+from controlplane.sim import (
+    coserve,
+    coverage,
+    deadlines,
+    ledgercheck,
+    routerbench,
+    scenario,
+    shrink,
+    swarm,
+)
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)
@@ -84,6 +94,10 @@ def run_ledger(options: argparse.Namespace) -> dict[str, object]:
     return ledgercheck.run(
         options.seed, options.workers, options.seconds, calibration=options.calibration
     )
+
+
+def run_deadlines(options: argparse.Namespace) -> dict[str, object]:
+    return deadlines.run(range(1, options.seeds + 1), say, options.days)
 
 
 def run_swarm(options: argparse.Namespace) -> int:
@@ -164,6 +178,9 @@ def parser() -> argparse.ArgumentParser:
     ledger.add_argument("--workers", type=int, default=8)
     ledger.add_argument("--seconds", type=float, default=90.0, help="virtual")
     ledger.add_argument("--seed", type=int, default=1)
+    command = commands.add_parser("deadlines")
+    command.add_argument("--seeds", type=int, default=3, help="pairs of so many days")
+    command.add_argument("--days", type=int, default=deadlines.DAYS)
     command = commands.add_parser("swarm")
     command.add_argument("--seeds", type=int, default=200)
     command.add_argument("--first", type=int, default=0, help="the first seed")
@@ -183,6 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         "latency": run_latency,
         "router": run_router,
         "ledger": run_ledger,
+        "deadlines": run_deadlines,
     }
     run = runs[options.command]
     print(json.dumps(run(options)))
