@@ -86,6 +86,14 @@ class ControlPlaneConfig:
     forecast_bin_s: float = 60.0
     forecast_horizon_s: float = 120.0
     forecast_s_min: float = 1_200.0  # of history before the forecast's floor acts
+    node_horizon_s: float = 240.0  # forecasts that decide how many workers run look so far ahead
+    swap_move_s: float = 10.0  # a worker that changes its model finishes for so long, then it moves
+    swap_retry_s: float = 1.0  # what it has; a worker that was busy is asked again after this
+    swap_s: float = 30.0  # that a change of model takes, until one was measured
+    cold_start_s: float = 20.0  # from StartWorker to its Hello, until one was measured
+    start_s_max: float = 300.0  # a worker that has not joined by then has failed
+    start_pause_s: float = 30.0  # after a start that failed, doubled with each in a row
+    starts_max: int = 64  # workers that were started and have not joined
     operator_hold_s: float = 600.0  # the planner leaves a worker alone after an operator's order
 
     def __post_init__(self) -> None:

@@ -11,11 +11,12 @@ from typing import Literal
 from controlplane import protocol
 from controlplane.protocol import Policy, Role, Stage
 
-WorkerStatus = Literal["live", "suspect", "draining", "drained", "lost"]
+WorkerStatus = Literal["live", "suspect", "loading", "draining", "drained", "lost"]
 Split = Literal["local", "handoff"]
 Phase = Literal["queued", "prefill", "transfer", "decode", "orphaned"]
 Tier = Literal["guaranteed", "surplus"]  # surplus runs in what guaranteed work leaves
 PlannerMode = Literal["auto", "shadow"]
+PlanKind = Literal["role", "model", "start", "drain", "stop"]
 OverLimit = Literal["surplus", "reject"]
 ContractKey = tuple[str, str, str]  # tenant, model, class
 Cause = Literal["submitted", "replaced", "refused", "failover", "handoff_failed"]
@@ -208,6 +209,8 @@ class WorkerMessage:
         | protocol.HandoffReady
         | protocol.HandoffDone
         | protocol.HandoffFailed
+        | protocol.ModelsChanged
+        | protocol.ModelRefused
         | protocol.Drained
         | protocol.Goodbye
     )
@@ -286,6 +289,34 @@ class DrainOrdered:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelOrdered:
+    """Let a worker serve another of the models that it can load."""
+
+    worker_id: str
+    model_id: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class FleetOffered:
+    """From now on the driver carries out StartWorker and StopWorker. The plan keeps the workers
+    between the two numbers; of those that run it may stop the ones named here and those it has
+    started."""
+
+    workers_min: int
+    workers_max: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """A worker that StartWorker asked for will not join."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlannerOrdered:
     """From now on the planner acts (auto) or only records what it would do (shadow)."""
 
@@ -336,7 +367,10 @@ Event = (
     | Stalled
     | SequenceFailed
     | RoleOrdered
+    | ModelOrdered
     | DrainOrdered
+    | FleetOffered
+    | StartFailed
     | PlannerOrdered
     | PlanRolledBack
     | ContractsSet
@@ -414,6 +448,34 @@ class SendDrain:
 
 
 @dataclass(frozen=True, slots=True)
+class SendUnload:
+    worker_id: str
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendLoad:
+    worker_id: str
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Start one more worker under this name; it joins with it, or StartFailed tells."""
+
+    name: str
+    role: Role
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorker:
+    """End the worker process of this name: it is drained, or never joined."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Decided:
     """Outcome of a submit, of a queued request's turn, or of a move after a failure.
 
@@ -426,7 +488,8 @@ class Decided:
 
 @dataclass(frozen=True, slots=True)
 class PlanChanged:
-    """A role changed, by whom and why; kept as a plan record. In shadow mode it only would have."""
+    """What a worker does has changed, by whom and why; kept as a plan record. In shadow mode it
+    only would have. A worker to be started has no id yet: `worker_id` is its name."""
 
     worker_id: str
     role_before: Role
@@ -434,6 +497,9 @@ class PlanChanged:
     by: str  # "planner" or the operator's name
     reason: str
     is_shadow: bool = False
+    kind: PlanKind = "role"
+    model_before: str = ""
+    model_after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +530,10 @@ Command = (
     | SendRole
     | SendDrain
     | SendPolicy
+    | SendUnload
+    | SendLoad
+    | StartWorker
+    | StopWorker
     | Decided
     | PlanChanged
     | HandoffCounted

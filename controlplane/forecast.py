@@ -89,10 +89,10 @@ class Forecast:
         fading = min(max(share, 0.0), 0.99) ** self._ahead
         return max(0.0, self._base(self._ahead - 1) + fading * self._residual)
 
-    def upper(self) -> float:
-        """What 95 of 100 forecasts like this one were not exceeded by."""
+    def upper(self, level: float = BAND_LEVEL) -> float:
+        """What that share of forecasts like this one were not exceeded by."""
         count = len(self._ordered)
         if count < ERRORS_MIN:
             return (1.0 + BAND_AT_START) * self.mean()
-        level = min(1.0, BAND_LEVEL * (1.0 + 1.0 / count))
+        level = min(1.0, level * (1.0 + 1.0 / count))
         return self.mean() + max(0.0, self._ordered[min(count - 1, ceil(level * count) - 1)])

@@ -67,6 +67,11 @@ class Mover:
                     domain.CancelSequence(worker_id, tracked.request_id, tracked.epoch)
                 )
 
+    def vacate(self, worker: Worker, why: str, now_s: float) -> None:
+        """Everything that it holds goes on elsewhere, from the ids that are out."""
+        for request_id in list(worker.reservations):
+            self.move(self._tracked[request_id], worker.worker_id, why, now_s)
+
     def move(self, tracked: Tracked, lost: str, why: str, now_s: float) -> None:
         """Its worker (or its handoff) failed: it waits, in front of all new work, for another."""
         is_alone = not tracked.is_split_open

@@ -122,6 +122,8 @@ class Placer:
         if placement is not None and tracked.bucket is not None:
             actual_s = now_s - tracked.placed_at_s
             self.calibration.observe(tracked.bucket, placement.predicted_ttft_s, actual_s)
+            model_id = tracked.request.model_id
+            self._planner.observe_ttft(model_id, placement.predicted_ttft_s, actual_s)
         tracked.bucket = None
 
     def route(self, tracked: Tracked, now_s: float) -> Route:

@@ -4,7 +4,6 @@
 chance give the same commands. Requests in == completed + failed + cancelled + rejected + tracked.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -17,7 +16,8 @@ from controlplane.decisions import Explanation
 from controlplane.domain import Command
 from controlplane.gpuledger import GpuLedger, GpuView
 from controlplane.ledger import AccountView, RateView
-from controlplane.planner import Flip, Planner
+from controlplane.planner import Planner
+from controlplane.plans import Plans
 from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
 from controlplane.requests import Requests
@@ -32,11 +32,10 @@ class ControlPlane:
         self._registry = Registry(config, secret)
         self._planner = Planner(config)
         self._gpu = GpuLedger()
-        self._plans: deque[domain.PlanChanged] = deque(maxlen=config.plans_max)
-        self._planner_mode: domain.PlannerMode = "auto"
         self._ticked_at_s: float | None = None
         self._commands: list[Command] = []  # of the event in hand
         self._requests = Requests(config, self._registry, self._planner, self._commands)
+        self._plans = Plans(config, self._registry, self._planner, self._requests, self._commands)
 
     def handle(
         self, event: domain.Event, now_s: float, uniform: Callable[[], float]
@@ -66,13 +65,19 @@ class ControlPlane:
             case domain.SequenceFailed():
                 self._requests.mover.sequence_failed(event, now_s)
             case domain.RoleOrdered():
-                self._on_role(event, now_s)
+                self._plans.order_role(event, now_s)
+            case domain.ModelOrdered():
+                self._plans.order_model(event, now_s)
             case domain.DrainOrdered():
-                self._on_drain(event)
+                self._plans.order_drain(event)
+            case domain.FleetOffered():
+                self._plans.offer_fleet(event)
+            case domain.StartFailed():
+                self._plans.start_failed(event, now_s)
             case domain.PlannerOrdered():
-                self._planner_mode = event.mode
+                self._plans.mode = event.mode
             case domain.PlanRolledBack():
-                self._roll_back(event, now_s)
+                self._plans.roll_back(event, now_s)
             case domain.ContractsSet():
                 limit = self._config.contracts_max
                 assert len(event.contracts) <= limit, (len(event.contracts), limit)
@@ -98,8 +103,8 @@ class ControlPlane:
                 self._requests.tracked.values(), now_s, self._config.requests_view_max
             ),
             queued_by_class=self._requests.waiting_by_class(),
-            plans=tuple(self._plans),
-            planner_mode=self._planner_mode,
+            plans=tuple(self._plans.records),
+            planner_mode=self._plans.mode,
         )
 
     @property
@@ -159,6 +164,8 @@ class ControlPlane:
         if worker.is_drain_ordered:
             self._commands.append(domain.SendDrain(worker.worker_id))
         self._requests.joined(worker, now_s)
+        self._plans.joined(worker, now_s)
+        self._requests.refile(worker)
 
     def _on_message(self, event: domain.WorkerMessage, now_s: float) -> None:
         worker = self._registry.current(event.worker_id, event.epoch)
@@ -170,6 +177,12 @@ class ControlPlane:
                 self._on_load(worker, load, 0.0, now_s)
             case protocol.Heartbeat() as beat:
                 self._on_load(worker, beat.load, beat.busy_s, now_s)
+            case protocol.ModelsChanged() as changed:
+                if why := self._plans.models_changed(worker, changed, now_s):
+                    self._commands.append(domain.CloseWorker(worker.worker_id, why))
+                    self._lose(worker, why, now_s)
+            case protocol.ModelRefused() as refused:
+                self._plans.model_refused(worker, refused, now_s)
             case protocol.Drained():
                 if worker.status == "draining":
                     worker.status = "drained"
@@ -186,69 +199,10 @@ class ControlPlane:
         self, worker: Worker, load: protocol.WorkerLoad, busy_s: float, now_s: float
     ) -> None:
         worker.report(load)
-        model_id = worker.hello.models[0].model_id
-        self._gpu.observe(worker.worker_id, model_id, load.spent, busy_s, now_s)
+        self._gpu.observe(worker.worker_id, worker.model_id, load.spent, busy_s, now_s)
         worker.busy_s = busy_s
         self._requests.refile(worker)
-        if worker.role != "prefill":
-            self._planner.observe_decode(now_s, worker.worker_id, load.online_s)
-
-    def _on_role(self, event: domain.RoleOrdered, now_s: float) -> None:
-        worker = self._registry.workers.get(event.worker_id)
-        if worker is None or worker.role == event.role:
-            return
-        if event.role == "prefill" and worker.hello.handoff_address is None:
-            return  # peers could not fetch its KV
-        worker.held_until_s = now_s + self._config.operator_hold_s
-        self._change_role(worker, event.role, event.by, f"ordered by {event.by}", now_s)
-
-    def _change_role(
-        self, worker: Worker, role: protocol.Role, by: str, reason: str, now_s: float
-    ) -> None:
-        """An admission mask changes at once; requests in hand go on where they are."""
-        changed = domain.PlanChanged(worker.worker_id, worker.role, role, by, reason)
-        worker.role, worker.role_since_s = role, now_s
-        self._requests.refile(worker)
-        self._plans.appendleft(changed)
-        if worker.status != "lost":
-            self._commands.append(domain.SendRole(worker.worker_id, role))
-        self._commands.append(changed)
-
-    def _shadow(self, flip: Flip) -> None:
-        """Record what the planner would do; the same wish is recorded once."""
-        worker = flip.worker
-        reason = f"shadow: {flip.reason}"
-        changed = domain.PlanChanged(
-            worker.worker_id, worker.role, flip.role, "planner", reason, is_shadow=True
-        )
-        if self._plans and self._plans[0].is_shadow:
-            newest = self._plans[0]
-            if (newest.worker_id, newest.role_after) == (changed.worker_id, changed.role_after):
-                return
-        self._plans.appendleft(changed)
-        self._commands.append(changed)
-
-    def _roll_back(self, event: domain.PlanRolledBack, now_s: float) -> None:
-        """The planner leaves the worker alone for as long as after any operator's order."""
-        for plan in self._plans:
-            worker = self._registry.workers.get(plan.worker_id)
-            if plan.by != "planner" or plan.is_shadow or worker is None:
-                continue
-            if worker.role != plan.role_after:
-                continue  # changed again since
-            worker.held_until_s = now_s + self._config.operator_hold_s
-            reason = f"rolled back by {event.by}: {plan.reason}"
-            self._change_role(worker, plan.role_before, event.by, reason, now_s)
-            return
-
-    def _on_drain(self, event: domain.DrainOrdered) -> None:
-        worker = self._registry.workers.get(event.worker_id)
-        if worker is None or worker.status not in ("live", "suspect"):
-            return
-        worker.is_drain_ordered = True
-        worker.status = "draining"
-        self._requests.refile(worker)
-        self._commands.append(domain.SendDrain(worker.worker_id))
+        self._planner.observe_load(now_s, worker, load)
 
     def _on_policy(self, event: domain.PolicyChanged) -> None:
         """For those who join from now on, and for everyone who is here."""
@@ -289,19 +243,15 @@ class ControlPlane:
             self._gpu.forget([worker.worker_id])
         self._requests.expire(now_s)
         self._requests.balance(now_s)
-        flip = self._planner.plan(now_s, list(self._registry.workers.values()))
-        if flip is not None and self._planner_mode == "shadow":
-            self._shadow(flip)
-        elif flip is not None:
-            self._change_role(flip.worker, flip.role, "planner", flip.reason, now_s)
+        self._plans.tick(now_s)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Everything that is bounded: how large it is and may be."""
         config = self._config
         return {
             "workers": (len(self._registry.workers), config.workers_max),
-            "plans": (len(self._plans), config.plans_max),
             "GPU meters": (len(self._gpu), config.workers_max),
+            **self._plans.sizes(),
             **self._requests.sizes(),
         }
 

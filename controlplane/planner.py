@@ -11,18 +11,34 @@ correction does not just take from. Source: algorithms.md 2e.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from controlplane.config import ControlPlaneConfig
+from controlplane.demand import Demand, Window
 from controlplane.domain import GenerateRequest
-from controlplane.forecast import Forecast
-from controlplane.protocol import Role
+from controlplane.latency import prompt_token_s
+from controlplane.protocol import Role, WorkerLoad
 from controlplane.registry import Worker
-from controlplane.sizing import DecodeLoad, PromptLoad, decode_workers, prefill_workers
+from controlplane.sizing import (
+    BUSY_MAX,
+    DECODE_SHARE,
+    ModelLoad,
+    Station,
+    Strain,
+    decode_workers,
+    prefill_workers,
+    strain,
+)
 
-SIZES_MAX = 500  # newest prompts and outputs that mean sizes are taken of
-DECODE_SHARE = 0.6  # of the ITL target that decode steps are planned to fill: batch still fits
-FLOOR_TICKS = 2  # plans in a row in which the forecast must ask for the same change
-SAMPLES_MAX = 20_000  # requests, and reports, of one window; the newest count
+NODE_LEVEL = 0.99  # of the forecast that decides how many workers run
+SAMPLES_MAX = 20_000  # reports of one window; the newest count
+FLOOR_TICKS = 2  # plans in a row in which the forecast must ask for the same change,
+FLOOR_TICKS_SHORT = 1  # or one, when a target is predicted to be missed
+MOVED_SHARE_MAX = 0.1  # of a model's workers that one plan moves, at least one
+SHIFT_DWELL = 10.0  # a worker stays with a model for so many times what changing it takes
+SHORT = 1.0  # strain of a model above which it wants a worker of another
+SPARE = 0.8  # and below which, with one less, it can give one
+SWAP_WEIGHT = 0.3  # of one measured change of model in the running mean
 PREFILL_BUSY = 0.85  # plan with a prefill pool no busier than this (algorithms.md 2e)
 PREFILL_SPARE = 0.5  # the pool must stay below this with one worker less
 PREFILL_NONE = 0.05  # seconds of prefill per second that do not earn a worker of their own
@@ -42,48 +58,20 @@ class Flip:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
-    at_s: float
+class Shift:
+    """A worker serves another model."""
+
+    worker: Worker
     model_id: str
-    prefill_s: float  # of a prompt that handing off would serve, else 0
+    reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A finished online request, for mean sizes."""
+@dataclass(slots=True)
+class _Wish:
+    """Of the forecast's floor: the same side, so many plans in a row."""
 
-    prompt_tokens: int
-    output_tokens: int
-
-
-class _History:
-    """What the floor of one model is computed from."""
-
-    def __init__(self, config: ControlPlaneConfig) -> None:
-        bin_s, horizon_s = config.forecast_bin_s, config.forecast_horizon_s
-        self.long = Forecast(bin_s, horizon_s)  # prompts that handing off would serve
-        self.all = Forecast(bin_s, horizon_s)
-        self.services_s: deque[float] = deque(maxlen=SIZES_MAX)  # of long prompts
-        self.ended: deque[_Ended] = deque(maxlen=SIZES_MAX)
-        self.ttft_s = self.itl_s = float("inf")  # the strictest targets seen
-        self.num_ticks_short = 0  # in a row that the floor asked for the same change
-        self.wanted: Role | None = None
-
-    def prompt_load(self) -> PromptLoad:
-        services = sorted(self.services_s)
-        if not services:
-            return PromptLoad(0.0, 1.0, 1.0, 1.0)
-        mean_s = sum(services) / len(services)
-        variance = sum((value - mean_s) ** 2 for value in services) / len(services)
-        p99_s = services[min(len(services) - 1, int(0.99 * len(services)))]
-        cv2 = variance / max(mean_s, 1e-9) ** 2
-        return PromptLoad(self.long.upper(), mean_s, p99_s, cv2)
-
-    def decode_load(self) -> DecodeLoad:
-        count = max(1, len(self.ended))
-        output = sum(item.output_tokens for item in self.ended) / count
-        prompt = sum(item.prompt_tokens for item in self.ended) / count
-        return DecodeLoad(self.all.upper(), output, prompt + output / 2.0)
+    role: Role | None = None
+    num_ticks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +80,7 @@ class _Load:
 
     demand: float
     busy: float
+    prefill_speed: float  # of the prefill workers, in workers of the mean speed
     num_prefill: int
     num_decode: int
     num_requests: int
@@ -104,12 +93,13 @@ class _Load:
             return False
         if self.num_decode == 0:
             return True
-        is_idle = self.demand / self.num_prefill < PREFILL_NONE
+        is_idle = self.demand / self.prefill_speed < PREFILL_NONE
         if is_idle and self.num_long <= LONG_RARE * self.num_requests:
             return True
         if self.num_prefill == 1:
             return False
-        is_spare = self.demand / (self.num_prefill - 1) < PREFILL_SPARE
+        with_one_less = self.prefill_speed * (1.0 - 1.0 / self.num_prefill)
+        is_spare = self.demand / with_one_less < PREFILL_SPARE
         return is_spare and self.busy / self.num_decode > DECODE_BUSY
 
     @property
@@ -120,153 +110,271 @@ class _Load:
         if self.num_prefill == 0:
             is_common = self.num_long >= LONG_COMMON * self.num_requests
             return is_common or self.demand > PREFILL_START
-        is_over = self.demand / self.num_prefill > PREFILL_BUSY
+        is_over = self.demand / self.prefill_speed > PREFILL_BUSY
         return is_over and self.busy / (self.num_decode - 1) < DECODE_BUSY
 
 
 @dataclass(slots=True)
 class Planner:
     config: ControlPlaneConfig
-    _arrivals: deque[_Arrival] = field(default_factory=lambda: deque(maxlen=SAMPLES_MAX))
+    _demands: dict[str, Demand] = field(default_factory=dict)  # as many as models served
+    _wishes: dict[str, _Wish] = field(default_factory=dict)
     _busy_s: deque[tuple[float, str, float]] = field(
         default_factory=lambda: deque(maxlen=SAMPLES_MAX)
     )
     _planned_at_s: float = 0.0
     _started_at_s: float | None = None
-    _histories: dict[str, _History] = field(default_factory=dict)  # as many as models served
+    _swap_s: float = 0.0  # measured; 0: not yet
 
     def observe_request(
         self, now_s: float, request: GenerateRequest, prefill_s: float, is_long: bool
     ) -> None:
         """An online request started for the first time."""
-        model_id = request.model_id
-        self._arrivals.append(_Arrival(now_s, model_id, prefill_s if is_long else 0.0))
-        history = self._histories.setdefault(model_id, _History(self.config))
-        history.all.add(1.0, now_s)
-        history.ttft_s = min(history.ttft_s, request.slo.ttft_s_p99)
-        history.itl_s = min(history.itl_s, request.slo.itl_s_p99)
-        if is_long:
-            history.long.add(1.0, now_s)
-            history.services_s.append(prefill_s)
+        demand = self._demands.setdefault(request.model_id, Demand(self.config))
+        demand.started(request, prefill_s, is_long, now_s)
+
+    def observe_ttft(self, model_id: str, predicted_s: float, actual_s: float) -> None:
+        """The first token of a request is out."""
+        if demand := self._demands.get(model_id):
+            demand.ttft_ratio.observe(predicted_s, actual_s)
 
     def observe_end(self, request: GenerateRequest, output_tokens: int) -> None:
         """An online request has completed: only now is the size of its output known."""
-        if history := self._histories.get(request.model_id):
-            history.ended.append(_Ended(request.prompt_tokens, output_tokens))
+        if demand := self._demands.get(request.model_id):
+            demand.ended(request.prompt_tokens, output_tokens)
 
-    def observe_decode(self, now_s: float, worker_id: str, online_s: float) -> None:
-        """A worker that decodes spent `online_s` on online rows since its last report."""
-        if online_s > 0.0:
-            self._busy_s.append((now_s, worker_id, online_s))
+    def observe_load(self, now_s: float, worker: Worker, load: WorkerLoad) -> None:
+        """A worker reports: what it spent on online rows, and how its last step was predicted."""
+        if worker.role != "prefill" and load.online_s > 0.0:
+            self._busy_s.append((now_s, worker.worker_id, load.online_s))
+        demand = self._demands.get(worker.model_id)
+        if demand is not None:
+            ratio = demand.prefill_ratio if worker.role == "prefill" else demand.decode_ratio
+            ratio.observe(load.predicted_s, load.measured_s)
 
-    def plan(self, now_s: float, workers: Sequence[Worker]) -> Flip | None:
-        """At most one role change; call at each tick."""
+    def observe_swap(self, seconds: float) -> None:
+        """A worker has changed its model."""
+        weight = SWAP_WEIGHT if self._swap_s else 1.0
+        self._swap_s += weight * (seconds - self._swap_s)
+
+    @property
+    def swap_s(self) -> float:
+        return self._swap_s or self.config.swap_s
+
+    def is_due(self, now_s: float) -> bool:
+        """Is it time for a plan, with a whole window seen? Ask at each tick."""
         if self._started_at_s is None:
             self._started_at_s = self._planned_at_s = now_s
         if now_s - self._planned_at_s < self.config.plan_every_s:
-            return None
+            return False
         self._planned_at_s = now_s
-        window_s = self.config.plan_window_s
-        while self._arrivals and self._arrivals[0].at_s <= now_s - window_s:
-            self._arrivals.popleft()
-        while self._busy_s and self._busy_s[0][0] <= now_s - window_s:
+        return now_s - self._started_at_s >= self.config.plan_window_s
+
+    def plan(self, now_s: float, workers: Sequence[Worker]) -> list[Flip | Shift]:
+        """What shall change now: roles within one model, or one worker's model."""
+        while self._busy_s and self._busy_s[0][0] <= now_s - self.config.plan_window_s:
             self._busy_s.popleft()
-        if now_s - self._started_at_s < window_s:
-            return None
         live = [worker for worker in workers if worker.status == "live"]
         model_ids = {model.model_id for worker in live for model in worker.hello.models}
         for model_id in sorted(model_ids):
             serving = [worker for worker in live if worker.has_model(model_id)]
-            if len(serving) < 2:
-                continue
-            flip = self._flip(now_s, model_id, serving) or self._floor(now_s, model_id, serving)
-            if flip is not None:
-                return flip
-        for model_id in [name for name in self._histories if name not in model_ids]:
-            del self._histories[model_id]
-        return None
+            if len(serving) < 2 or any(item.is_suspect(now_s, self.config) for item in serving):
+                continue  # alone, or not heard of: the plan stays
+            flips = self._flips(now_s, model_id, serving) or self._floor(now_s, model_id, serving)
+            if flips:
+                return list(flips)
+        for model_id in [name for name in self._demands if name not in model_ids]:
+            if not any(worker.swap and worker.swap.model_id == model_id for worker in workers):
+                del self._demands[model_id]
+                self._wishes.pop(model_id, None)
+        shift = self._shift(now_s, workers)
+        return [shift] if shift else []
 
-    def _floor(self, now_s: float, model_id: str, live: Sequence[Worker]) -> Flip | None:
-        """One worker towards what the forecast needs, when it has asked for that twice in a row
-        and the other side can spare one."""
-        history = self._histories.get(model_id)
-        if history is None:
-            return None
-        history.all.advance(now_s)
-        history.long.advance(now_s)
-        if history.all.num_bins * self.config.forecast_bin_s < self.config.forecast_s_min:
-            return None
-        if not history.ended:
-            return None
+    def loads(self, now_s: float) -> dict[str, ModelLoad]:
+        """What each served model is asked for, or will be by the time that a new worker helps."""
+        return {name: demand.load(now_s, NODE_LEVEL) for name, demand in self._demands.items()}
+
+    # --- roles: the forecast's floor
+
+    def _floor(self, now_s: float, model_id: str, live: Sequence[Worker]) -> list[Flip]:
+        """Workers towards what the forecast needs, when it has asked for that long enough and the
+        other side can spare them."""
+        demand = self._demands.get(model_id)
+        if demand is None:
+            return []
+        demand.advance(now_s)
+        if not demand.has_history or not demand.has_sizes:
+            return []
         prefillers = [worker for worker in live if worker.role == "prefill"]
         decoders = [worker for worker in live if worker.role != "prefill"]
-        sample = live[0]
-        prompts, outputs = history.prompt_load(), history.decode_load()
-        need_prefill = prefill_workers(prompts, history.ttft_s, self.config.transfer_setup_s)
-        need_decode = decode_workers(
-            outputs,
-            sample.step_model,
-            DECODE_SHARE * history.itl_s,
-            min(worker.hello.num_blocks * worker.hello.block_tokens for worker in live),
+        prompts = demand.prompts(demand.long.upper(), True)
+        outputs = demand.outputs(demand.all.upper())
+        corrections = demand.corrections()
+        transfer_s = self.config.transfer_setup_s
+        need_prefill = prefill_workers(prompts, demand.ttft_s, transfer_s, corrections)
+        need_decode = max(
+            decode_workers(
+                outputs,
+                worker.step_model,
+                DECODE_SHARE * demand.itl_s,
+                worker.kv_tokens,
+                corrections,
+            )
+            for worker in decoders[:1] or live[:1]
         )
         role: Role | None = None
         if need_prefill > len(prefillers) and len(decoders) > max(1, need_decode):
-            role = "prefill"
+            role, missing = "prefill", need_prefill - len(prefillers)
+            spare = len(decoders) - max(1, need_decode)
+            busy = prompts.per_s * prompts.service_s
+            is_short = busy > BUSY_MAX * len(prefillers)
         elif need_decode > len(decoders) and len(prefillers) > need_prefill:
-            role = "decode"
-        history.num_ticks_short = history.num_ticks_short + 1 if role == history.wanted else 1
-        history.wanted = role
-        if role is None or history.num_ticks_short < FLOOR_TICKS:
-            return None
-        pool = decoders if role == "prefill" else prefillers
-        ready = [item for item in pool if role == "decode" or item.hello.handoff_address]
-        worker = self._mover(now_s, ready)
-        if worker is None:
-            return None
+            role, missing = "decode", need_decode - len(decoders)
+            spare = len(prefillers) - need_prefill
+            is_short = True
+        wish = self._wishes.setdefault(model_id, _Wish())
+        wish.num_ticks = wish.num_ticks + 1 if role == wish.role else 1
+        wish.role = role
+        if role is None or wish.num_ticks < (FLOOR_TICKS_SHORT if is_short else FLOOR_TICKS):
+            return []
         reason = (
             f"forecast for {self.config.forecast_horizon_s:.0f} s from now: at most"
             f" {prompts.per_s:.2f} long prompts/s of {prompts.service_s:.2f} s need {need_prefill}"
             f" prefill workers ({len(prefillers)} now), {outputs.per_s:.2f} requests/s of"
-            f" {outputs.output_tokens:.0f} tokens need {need_decode} others ({len(decoders)} now):"
-            f" {worker.worker_id} {'prefills' if role == 'prefill' else 'decodes'} from now on"
+            f" {outputs.output_tokens:.0f} tokens need {need_decode} others ({len(decoders)} now)"
         )
-        return Flip(worker, role, reason)
+        pool = decoders if role == "prefill" else prefillers
+        return self._movers(now_s, pool, role, min(missing, spare), len(live), reason)
 
-    def _flip(self, now_s: float, model_id: str, live: Sequence[Worker]) -> Flip | None:
+    # --- roles: the fast correction
+
+    def _flips(self, now_s: float, model_id: str, live: Sequence[Worker]) -> list[Flip]:
         """For the workers that serve one model."""
         window_s = self.config.plan_window_s
         prefillers = [worker for worker in live if worker.role == "prefill"]
         decoders = [worker for worker in live if worker.role != "prefill"]
-        arrivals = [arrival for arrival in self._arrivals if arrival.model_id == model_id]
-        num_long = sum(1 for arrival in arrivals if arrival.prefill_s > 0.0)
-        demand = sum(arrival.prefill_s for arrival in arrivals) / window_s
+        known = self._demands.get(model_id)
+        window = known.window(now_s) if known else Window(0, 0, 0.0, 0.0)
+        demand = window.long_s / window_s
         ids = {worker.worker_id for worker in decoders}
         busy = sum(seconds for _, worker_id, seconds in self._busy_s if worker_id in ids) / window_s
         facts = (
-            f"in {window_s:.0f} s {num_long} of {len(arrivals)} prompts were long, asking for"
-            f" {demand:.2f} s/s of prefill from {len(prefillers)} prefill workers;"
+            f"in {window_s:.0f} s {window.num_long} of {window.num_requests} prompts were long,"
+            f" asking for {demand:.2f} s/s of prefill from {len(prefillers)} prefill workers;"
             f" {len(decoders)} others were busy {busy:.2f} s/s"
         )
-        load = _Load(demand, busy, len(prefillers), len(decoders), len(arrivals), num_long)
+        load = _Load(
+            demand, busy, _speed(prefillers, live), len(prefillers), len(decoders),
+            window.num_requests, window.num_long,
+        )  # fmt: skip
         if load.can_spare_prefill:
-            if worker := self._mover(now_s, prefillers):
-                return Flip(worker, "decode", f"{facts}: {worker.worker_id} decodes from now on")
-        elif load.is_short_of_prefill:
-            ready = [worker for worker in decoders if worker.hello.handoff_address is not None]
-            if worker := self._mover(now_s, ready):
-                return Flip(worker, "prefill", f"{facts}: {worker.worker_id} prefills from now on")
-        return None
+            return self._movers(now_s, prefillers, "decode", 1, len(live), facts)
+        if load.is_short_of_prefill:
+            missing = ceil(demand / PREFILL_BUSY - load.prefill_speed)
+            missing = min(max(1, missing), len(decoders) - 1)
+            return self._movers(now_s, decoders, "prefill", missing, len(live), facts)
+        return []
 
-    def _mover(self, now_s: float, workers: Sequence[Worker]) -> Worker | None:
-        """The least used worker that may move: it dwelt long enough and no operator fixed it."""
-        free = [
+    def _movers(
+        self, now_s: float, pool: Sequence[Worker], role: Role, count: int, size: int, facts: str
+    ) -> list[Flip]:
+        """So many of the pool's workers, least used first, within what one plan may move. Prompts
+        go to fast workers, sequences to those with much KV."""
+        able = [item for item in pool if role == "decode" or item.hello.handoff_address is not None]
+        free = self._free(now_s, able, self.config.plan_dwell_s)
+        free.sort(key=lambda item: (len(item.reservations), _worth(item, role), *_age(item)))
+        count = min(count, max(1, int(MOVED_SHARE_MAX * size)))
+        does = "prefills" if role == "prefill" else "decodes"
+        return [
+            Flip(worker, role, f"{facts}: {worker.worker_id} {does} from now on")
+            for worker in free[:count]
+        ]
+
+    def _free(self, now_s: float, workers: Sequence[Worker], dwell_s: float) -> list[Worker]:
+        """Those that dwelt long enough and that no operator fixed."""
+        return [
             worker
             for worker in workers
-            if now_s - worker.role_since_s >= self.config.plan_dwell_s
-            and now_s >= worker.held_until_s
+            if now_s - worker.role_since_s >= dwell_s and now_s >= worker.held_until_s
         ]
-        return min(
-            free,
-            key=lambda worker: (len(worker.reservations), len(worker.worker_id), worker.worker_id),
-            default=None,
-        )
+
+    # --- models
+
+    def _shift(self, now_s: float, workers: Sequence[Worker]) -> Shift | None:
+        """One worker to the model that is predicted to miss a target, from one that can spare it.
+        The last worker of a model stays."""
+        if any(worker.swap is not None for worker in workers):
+            return None  # its effect is not there yet
+        live = [worker for worker in workers if worker.status == "live"]
+        strains: dict[str, Strain] = {}
+        for model_id in sorted(self._demands):
+            members = serving(live, model_id)
+            strains[model_id] = self._strain(now_s, model_id, members, members)
+        for model_id in sorted(strains, key=lambda name: (-strains[name].worst, name)):
+            now = strains[model_id]
+            if now.worst <= SHORT:
+                return None
+            able = [worker for worker in live if worker.can_load(model_id)]
+            free = self._free(now_s, able, SHIFT_DWELL * self.swap_s)
+            free.sort(key=lambda worker: (len(worker.reservations), *_age(worker)))
+            for worker in free:
+                members = serving(live, worker.model_id)
+                others = [item for item in members if item is not worker]
+                if not others or any(item.is_suspect(now_s, self.config) for item in others):
+                    continue
+                rest = self._strain(now_s, worker.model_id, others, members)
+                if rest.worst > SPARE:
+                    continue
+                short = serving(live, model_id)
+                gained = self._strain(now_s, model_id, [*short, worker], short or [worker])
+                if gained.worst >= now.worst:
+                    continue  # no worker mends it
+                return Shift(
+                    worker,
+                    model_id,
+                    f"{model_id} is at {now.worst:.2f} of its limits with"
+                    f" {len(short)} workers and would be at {gained.worst:.2f},"
+                    f" {worker.model_id} at {rest.worst:.2f} with {len(others)}:"
+                    f" {worker.worker_id} changes over, in about {self.swap_s:.0f} s",
+                )
+        return None
+
+    def _strain(
+        self, now_s: float, model_id: str, workers: Sequence[Worker], among: Sequence[Worker]
+    ) -> Strain:
+        demand = self._demands.get(model_id)
+        if demand is None:
+            return Strain(0.0, 0.0, 0.0, 0)
+        return strain_of(demand.load(now_s), workers, among, self.config.transfer_setup_s)
+
+
+def serving(workers: Sequence[Worker], model_id: str) -> list[Worker]:
+    return [worker for worker in workers if worker.has_model(model_id)]
+
+
+def strain_of(
+    load: ModelLoad, workers: Sequence[Worker], among: Sequence[Worker], transfer_s: float
+) -> Strain:
+    """How near these workers would be to the model's limits; sizes were measured on `among`."""
+    stations = [
+        Station(prompt_token_s(worker.step_model), worker.step_model, worker.kv_tokens)
+        for worker in workers
+    ]
+    token_s = sum(prompt_token_s(worker.step_model) for worker in among) / max(1, len(among))
+    return strain(load, stations, token_s, transfer_s)
+
+
+def _speed(workers: Sequence[Worker], among: Sequence[Worker]) -> float:
+    """In workers of the mean speed: one that is twice as fast counts as two."""
+    mean_s = sum(prompt_token_s(worker.step_model) for worker in among) / len(among)
+    return sum(mean_s / prompt_token_s(worker.step_model) for worker in workers)
+
+
+def _worth(worker: Worker, role: Role) -> float:
+    """The least is best for the role: seconds per prompt token, or less KV than others."""
+    return prompt_token_s(worker.step_model) if role == "prefill" else -float(worker.kv_tokens)
+
+
+def _age(worker: Worker) -> tuple[int, str]:
+    """Oldest first: ids count up."""
+    return (len(worker.worker_id), worker.worker_id)

@@ -102,6 +102,9 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     resume: ResumeProof | None = None
     sequences: list[LiveSequence] = []
     host_blocks: int = 0  # KV blocks that its host tier keeps beyond `num_blocks`
+    loadable: list[
+        str
+    ] = []  # ids of models that it could serve instead; `models` may be empty then
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
@@ -237,6 +240,25 @@ class HandoffFailed(msgspec.Struct, frozen=True, tag="handoff_failed"):
     request_id: str
     epoch: int
     reason: str  # unreachable | refused | checksum | timeout | malformed
+
+
+class ModelsChanged(msgspec.Struct, frozen=True, tag="models_changed"):
+    """The worker serves these models now (none after `UnloadModel`); what Hello said of the former
+    ones is void, their KV is gone. `seconds` is what the change took."""
+
+    models: list[ModelFacts]
+    block_tokens: int
+    num_blocks: int
+    step_model: StepModel
+    seconds: float
+    host_blocks: int = 0
+
+
+class ModelRefused(msgspec.Struct, frozen=True, tag="model_refused"):
+    """The worker did not do what LoadModel or UnloadModel asked, and serves what it served."""
+
+    model_id: str
+    reason: str
 
 
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
@@ -399,6 +421,18 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Take nothing new, finish what is there, answer `Drained`."""
 
 
+class LoadModel(msgspec.Struct, frozen=True, tag="load_model"):
+    """Serve this model, one of Hello's `loadable`; the worker serves none now."""
+
+    model_id: str
+
+
+class UnloadModel(msgspec.Struct, frozen=True, tag="unload_model"):
+    """Free the model's weights and KV; refused while a sequence is in hand."""
+
+    model_id: str
+
+
 class Ack(msgspec.Struct, frozen=True, tag="ack"):
     """`frames` more frames were consumed: the worker may send as many again."""
 
@@ -414,10 +448,24 @@ FromWorker = (
     | HandoffReady
     | HandoffDone
     | HandoffFailed
+    | ModelsChanged
+    | ModelRefused
     | Drained
     | Goodbye
 )
-ToWorker = Welcome | Refused | Assign | Cancel | Resend | SetRole | SetPolicy | Drain | Ack
+ToWorker = (
+    Welcome
+    | Refused
+    | Assign
+    | Cancel
+    | Resend
+    | SetRole
+    | SetPolicy
+    | LoadModel
+    | UnloadModel
+    | Drain
+    | Ack
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -6,9 +6,12 @@ A worker's epoch is raised at each (re)connection; messages of an older epoch co
 import hashlib
 import hmac
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Literal
+
+import msgspec
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
@@ -64,6 +67,18 @@ class Pace:
 
 
 @dataclass(slots=True)
+class Swap:
+    """A worker on its way from one model to another; see plans.py."""
+
+    model_id: str
+    before: str  # empty: it serves none
+    stage: Literal["emptying", "unloading", "loading"]
+    since_s: float
+    retry_at_s: float = 0.0
+    is_return: bool = False  # to the model it had, since the other did not load
+
+
+@dataclass(slots=True)
 class Worker:
     """The plane's only mutable record of a worker."""
 
@@ -75,6 +90,7 @@ class Worker:
     connection_id: str
     heard_at_s: float
     role_since_s: float
+    joined_at_s: float
     status: domain.WorkerStatus = "live"
     busy_s: float = 0.0  # age of the step in hand when last heard
     load: protocol.WorkerLoad | None = None
@@ -97,6 +113,7 @@ class Worker:
     surplus_tokens: int = 0  # uncached prompt tokens of surplus requests without an output id
     max_model_len: dict[str, int] = field(default_factory=dict)  # tokens, by model it serves
     first_model: protocol.StepModel | None = None  # with which it joined; reconnects bring others
+    swap: Swap | None = None  # while its status is loading
     _pace: Pace | None = None
 
     @property
@@ -227,6 +244,37 @@ class Worker:
         self.hello, self.load, self._pace = hello, None, None
         self.first_model = self.first_model or hello.step_model
         self.max_model_len = {model.model_id: model.max_model_len for model in hello.models}
+
+    def serves(self, changed: protocol.ModelsChanged) -> None:
+        """Other models than in its Hello; nothing of them reported yet."""
+        self.first_model = None
+        self.step_ratios.clear()
+        self.joined_with(
+            msgspec.structs.replace(
+                self.hello,
+                models=changed.models,
+                block_tokens=changed.block_tokens,
+                num_blocks=changed.num_blocks,
+                step_model=changed.step_model,
+                host_blocks=changed.host_blocks,
+                sequences=[],
+            )
+        )
+
+    @property
+    def kv_tokens(self) -> int:
+        """Room of its KV cache."""
+        return self.hello.num_blocks * self.hello.block_tokens
+
+    @property
+    def model_id(self) -> str:
+        """The model it serves, the first of several; empty while it serves none."""
+        return self.hello.models[0].model_id if self.hello.models else ""
+
+    def can_load(self, model_id: str) -> bool:
+        """Could it be asked to serve this model instead of the one it has?"""
+        is_known = model_id in self.hello.loadable and not self.has_model(model_id)
+        return is_known and self.status == "live" and len(self.hello.models) <= 1
 
     def left(self) -> None:
         """Its reports say nothing any more."""
@@ -371,6 +419,7 @@ class Registry:
             connection_id=event.connection_id,
             heard_at_s=now_s,
             role_since_s=now_s,
+            joined_at_s=now_s,
         )
         worker.joined_with(hello)
         self.workers[worker.worker_id] = worker
@@ -383,7 +432,7 @@ class Registry:
             )
         if (hello.token is None) == (hello.resume is None):
             return protocol.Refused("send a join token or a resume proof, one of them")
-        if not hello.models or hello.block_tokens < 1 or hello.num_blocks < 1:
+        if not (hello.models or hello.loadable) or hello.block_tokens < 1 or hello.num_blocks < 1:
             return protocol.Refused(
                 f"{len(hello.models)} models, {hello.num_blocks} blocks of"
                 f" {hello.block_tokens} tokens: nothing to serve"
@@ -401,14 +450,23 @@ class Registry:
                 return protocol.Refused(f"wrong resume secret for worker {own_id}")
         elif len(self.workers) >= self._config.workers_max:
             return protocol.Refused(f"{len(self.workers)} workers joined already", permanent=False)
-        return self._refused_weights(hello, own_id)
+        return self._refused_weights(hello.models, own_id)
 
-    def _refused_weights(self, hello: protocol.Hello, own_id: str) -> protocol.Refused | None:
+    def refused_models(self, changed: protocol.ModelsChanged, own_id: str) -> str:
+        """Why the worker cannot serve these models, else an empty string."""
+        if changed.block_tokens < 1 or changed.num_blocks < 1 or not is_sound(changed.step_model):
+            return f"{own_id} has {changed.num_blocks} blocks and step model {changed.step_model}"
+        refused = self._refused_weights(changed.models, own_id)
+        return refused.reason if refused else ""
+
+    def _refused_weights(
+        self, models: Sequence[protocol.ModelFacts], own_id: str
+    ) -> protocol.Refused | None:
         """Other weights under a served name would change a text that moves between workers."""
         for worker in self.workers.values():
             if worker.worker_id == own_id or worker.status == "lost":
                 continue
-            for model in hello.models:
+            for model in models:
                 for other in worker.hello.models:
                     if (
                         other.model_id == model.model_id
@@ -437,7 +495,7 @@ class Registry:
         if not serving:
             return None
         slowest = max(serving, key=lambda worker: prompt_token_s(worker.step_model))
-        kv_tokens = sum(worker.hello.num_blocks * worker.hello.block_tokens for worker in serving)
+        kv_tokens = sum(worker.kv_tokens for worker in serving)
         return Capacity(model_id, len(serving), kv_tokens, slowest.step_model)
 
     def dead(self, now_s: float) -> list[tuple[Worker, str]]:

@@ -390,6 +390,11 @@ class Requests:
         self._placer.joined(worker)
         self.reattach(worker, now_s)
 
+    def models_changed(self, worker: Worker) -> None:
+        """It serves other models, with empty KV."""
+        self._placer.forgotten(worker)
+        self._placer.joined(worker)
+
     def refile(self, worker: Worker) -> None:
         """Its status, role or load has changed."""
         self._placer.pools.refile(worker)
