@@ -18,6 +18,8 @@ WORKERS_MAX = 64  # of one model and role that are looked for
 BUSY_MAX = 0.85  # of a prefill pool
 FEW_SERVERS, FEW_FACTOR, MANY_FACTOR = 2, 1.25, 1.1
 ROWS_MAX = 1024
+WAIT_SHARE_MIN = 0.1  # of the TTFT target
+WAIT_MAX = 10.0  # share of the room for waiting that a pool which is just not overloaded may show
 NORMAL_P99 = 2.33
 DECODE_SHARE = 0.6  # of the ITL target that decode steps are planned to fill: batch still fits
 
@@ -229,24 +231,34 @@ def _divided(
     slow = 1.0 / load.corrections.prefill
     left = 1.0 - DECODE_SHARE * min(rows, 1.0)
     local = _merged([load.short] if num_prefill else [load.short, load.long])
-    wait, busy = _queue(slowed(local, slow / left), decode_speed, load, 0.0)
+    local = slowed(local, slow)
+    room_s = _room_s(load, local, 0.0)
+    wait, busy = _queue(slowed(local, 1.0 / left), decode_speed, room_s)
     if num_prefill:
-        apart = _queue(slowed(load.long, slow), prefill_speed, load, transfer_s)
-        wait, busy = max(wait, apart[0]), max(busy, apart[1])
+        apart = slowed(load.long, slow)
+        room_s = _room_s(load, apart, transfer_s)
+        wait_apart, busy_apart = _queue(apart, prefill_speed, room_s)
+        wait, busy = max(wait, wait_apart), max(busy, busy_apart)
     return Strain(wait, busy, rows, num_prefill)
 
 
-def _queue(
-    prompts: PromptLoad, speed: float, load: ModelLoad, transfer_s: float
-) -> tuple[float, float]:
-    """Shares of waiting and of time. A target that the service alone misses binds no number."""
+def _room_s(load: ModelLoad, prompts: PromptLoad, transfer_s: float) -> float:
+    """What the TTFT target leaves for waiting; a tenth of it where the service leaves less, since
+    no number of workers mends that."""
+    room_s = load.ttft_s / load.corrections.ttft - prompts.service_s_p99 - transfer_s
+    return max(room_s, WAIT_SHARE_MIN * load.ttft_s)
+
+
+def _queue(prompts: PromptLoad, speed: float, room_s: float) -> tuple[float, float]:
+    """Shares of waiting and of time."""
     if prompts.per_s <= 0.0:
         return 0.0, 0.0
     servers = max(1, int(speed + 1e-9))
     prompts = slowed(prompts, servers / speed)
-    room_s = load.ttft_s / load.corrections.ttft - prompts.service_s_p99 - transfer_s
-    wait = wait_s_p99(prompts, servers) / room_s if room_s > 0.0 else 0.0
-    return wait, prompts.per_s * prompts.service_s / (BUSY_MAX * servers)
+    busy = prompts.per_s * prompts.service_s / servers
+    if busy >= 1.0:  # a queue without end; the more so, the more is asked
+        return WAIT_MAX * busy, busy / BUSY_MAX
+    return min(wait_s_p99(prompts, servers) / room_s, WAIT_MAX), busy / BUSY_MAX
 
 
 def _merged(loads: Sequence[PromptLoad]) -> PromptLoad:

@@ -22,6 +22,7 @@ def make_hello(
     token: str | None = "t",
     resume: protocol.ResumeProof | None = None,
     sequences: tuple[protocol.LiveSequence, ...] = (),
+    loadable: tuple[str, ...] = (),
 ) -> protocol.Hello:
     return protocol.Hello(
         versions=list(versions),
@@ -38,6 +39,7 @@ def make_hello(
         token=None if resume else token,
         resume=resume,
         sequences=list(sequences),
+        loadable=list(loadable),
     )
 
 

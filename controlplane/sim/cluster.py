@@ -4,8 +4,11 @@ It plays the driver (console/fleet.py) and the gateway: it carries out commands,
 request, and asserts at once when an id is repeated, skipped or wrong.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+
+import msgspec
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
@@ -70,6 +73,14 @@ class Member:
     received_until_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Starts workers for the plan: what they say of themselves, and when they are there."""
+
+    hello: Callable[[str, protocol.Role, str], protocol.Hello]  # name, role, model
+    cold_start_s: float
+
+
 class Cluster:
     def __init__(
         self, seed: int, config: ControlPlaneConfig, transfer_failures: float = 0.0
@@ -89,6 +100,9 @@ class Cluster:
         self.watch = Watch(SECRET)
         self._num_handled = 0
         self.transfer_failures = transfer_failures
+        self.models: dict[str, protocol.ModelFacts] = {}  # by id: what workers could load
+        self.model_load_s = 5.0
+        self.backend: Backend | None = None
         self.events.after(TICK_S, self._tick)
 
     def _tick(self) -> None:
@@ -141,7 +155,12 @@ class Cluster:
     def add(self, hello: protocol.Hello) -> Member:
         """A new worker process joins."""
         worker = ModelledWorker(
-            hello.role, hello.step_model, hello.num_blocks, hello.block_tokens, self.events.now_s
+            hello.role,
+            hello.step_model,
+            hello.num_blocks,
+            hello.block_tokens,
+            hello.models[0].model_id,
+            self.events.now_s,
         )
         member = Member(worker, hello)
         self.members.append(member)
@@ -284,6 +303,20 @@ class Cluster:
                 self._to_worker(worker_id, partial(self._resend, member, (request_id, epoch)))
             case domain.SendRole(worker_id, role):
                 self._member(worker_id).worker.role = role
+            case domain.SendUnload(worker_id):
+                member = self._member(worker_id)
+                self._to_worker(worker_id, partial(self._unload, member))
+            case domain.SendLoad(worker_id, model_id):
+                member = self._member(worker_id)
+                self._to_worker(worker_id, partial(self._load, member, model_id))
+            case domain.StartWorker(name, role, model_id):
+                assert self.backend is not None, name
+                hello = self.backend.hello(name, role, model_id)
+                self.events.after(self.backend.cold_start_s, partial(self._start, hello))
+            case domain.StopWorker(name):
+                member = next(item for item in self.members if item.facts.name == name)
+                assert not member.worker.sequences, f"{name} was stopped at work"
+                self.kill(member)
             case domain.SendDrain(worker_id):
                 self._member(worker_id).worker.is_draining = True
             case domain.FailoverCounted(epoch=epoch):
@@ -344,6 +377,37 @@ class Cluster:
         )
 
     # --- workers
+
+    def _start(self, hello: protocol.Hello) -> None:
+        self.add(hello)
+
+    def _unload(self, member: Member) -> None:
+        if member.worker.sequences:
+            refused = protocol.ModelRefused(member.worker.model_id, "sequences are in hand")
+            self._send(member, refused)
+            return
+        member.worker.unload()
+        self._tell_models(member, [], 0.0)
+
+    def _load(self, member: Member, model_id: str) -> None:
+        """The model's facts are those of any worker that has it."""
+        facts = self.models[model_id]
+        done = partial(self._loaded, member, facts)
+        self.events.after(self.model_load_s, partial(self._act, member, 0, done))
+
+    def _loaded(self, member: Member, facts: protocol.ModelFacts) -> None:
+        member.worker.model_id = facts.model_id
+        self._tell_models(member, [facts], self.model_load_s)
+
+    def _tell_models(
+        self, member: Member, models: list[protocol.ModelFacts], seconds: float
+    ) -> None:
+        member.facts = msgspec.structs.replace(member.facts, models=models)
+        facts = member.facts
+        changed = protocol.ModelsChanged(
+            models, facts.block_tokens, facts.num_blocks, facts.step_model, seconds
+        )
+        self._send(member, changed)
 
     def _beat(self, member: Member) -> None:
         if member.is_dead:

@@ -31,9 +31,11 @@ class ModelledWorker:
         step_model: protocol.StepModel,
         num_blocks: int,
         block: int,
+        model_id: str,
         now_s: float = 0.0,
     ) -> None:
         self.role = role
+        self.model_id = model_id  # empty while none is loaded
         self.model = LatencyModel(step_model)
         self.pool = blocks.BlockPool(num_blocks, block)
         self.policy = protocol.Policy()
@@ -61,6 +63,8 @@ class ModelledWorker:
             reusable = (len(sequence.token_ids) - 1) // size * size
             blocks.extend_hashes(hashes, sequence.salt, sequence.token_ids, reusable, size)
         reason = "draining" if self.is_draining else ""
+        if message.model_id != self.model_id:
+            reason = "unknown_model"
         if not reason and not self.pool.has_room(hashes, num_blocks):
             reason = "no_kv_room"
         if reason:
@@ -70,6 +74,12 @@ class ModelledWorker:
         sequence.phase = "arriving" if sequence.stage == "decode" else "running"
         self.sequences[sequence.key] = sequence
         return protocol.Accepted(*sequence.key)
+
+    def unload(self) -> None:
+        """The model and all KV are gone."""
+        assert not self.sequences, self.sequences
+        self.model_id = ""
+        self.pool = blocks.BlockPool(self.pool.num_blocks, self.pool.block_tokens)
 
     def drop(self, key: Key) -> None:
         """Cancelled, abandoned or finished; unknown keys were dropped before."""
