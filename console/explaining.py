@@ -4,10 +4,11 @@ What is stored is a `controlplane.decisions.Explanation` in seconds; here it is 
 database or in the running plane, and put into words, rows and milliseconds.
 """
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from console import state
 from console.fleet import Fleet
@@ -70,7 +71,7 @@ def of_running(request_id: str) -> dict[str, Any] | None:
     """From the plane of this process. Raises TimeoutError when its loop does not answer."""
     current = state.get()
     found = None if current is None else current.call(_ask, current.fleet, request_id)
-    return None if found is None else dataclasses.asdict(found)
+    return None if found is None else msgspec.to_builtins(found)
 
 
 def find(request_id: str) -> dict[str, Any] | None:

@@ -1,9 +1,10 @@
 """What is stored of a request at its end: its progress and outcome as one fact."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
+
+import msgspec
 
 from console.facts import RequestFact, RequestStatus
 from console.generation import GenerateSpec, LiveRequest
@@ -85,5 +86,5 @@ def fact_of(
         handoff_ms=live.handoff_ms if live.handoff_bytes else None,
         handoff_recomputed_tokens=live.handoff_recomputed_tokens,
         predicted_ttft_ms=None if placement is None else placement.predicted_ttft_s * 1000,
-        decision=dataclasses.asdict(explanation) if explanation else {},
+        decision=msgspec.to_builtins(explanation) if explanation else {},
     )

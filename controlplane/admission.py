@@ -8,6 +8,8 @@ Source: algorithms.md 2c.
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import GenerateRequest, Rejected, SLOClass
 from controlplane.pools import Pool
@@ -35,8 +37,7 @@ def refuse_worker(request: GenerateRequest, pool: Pool | None, num_workers: int)
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(msgspec.Struct, frozen=True):
     """What the best worker would give the request now, batch removed. Seconds from now."""
 
     worker_id: str

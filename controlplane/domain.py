@@ -8,6 +8,8 @@ Times ending in `_at_s` are on the caller's monotonic clock.
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from controlplane import protocol
 from controlplane.protocol import Policy, Role, Stage
 
@@ -100,9 +102,10 @@ class Spent:
 # --- outcomes and their explanation --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One worker the router looked at, with the numbers it compared."""
+class Candidate(msgspec.Struct, frozen=True):
+    """One worker the router looked at, with the numbers it compared.
+
+    A decision makes several, so it is a Struct: 0.1 us each, a frozen dataclass takes 1.3."""
 
     worker_id: str
     role: Role

@@ -53,8 +53,7 @@ SCORES_HELD = 16  # newest scores, dropped on an alarm: they belong to neither s
 HOST_WEIGHT = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class StepFeatures:
+class StepFeatures(msgspec.Struct, frozen=True):
     """What a step computes. `context_tokens`: KV tokens read, once per decode row, once per
     CONTEXT_TILE tokens of a chunk. A chunk has two or more tokens of one sequence."""
 
@@ -126,8 +125,31 @@ def step_s(model: StepModel, features: StepFeatures) -> float:
     """Mean seconds of a step with these features; 0 for an empty step."""
     if features.rows == 0:
         return 0.0
-    seconds = zip(_coefficients(model), features.vector(), strict=True)
-    return sum(coefficient * value for coefficient, value in seconds)
+    rows, (over_s, over_more_s) = features.rows, model.per_token_over_s
+    return (
+        model.base_s
+        + model.per_token_s * rows
+        + over_s * max(0, rows - HINGE_ROWS[0])
+        + over_more_s * max(0, rows - HINGE_ROWS[1])
+        + model.per_context_token_s * (features.context_tokens - features.chunk_context_tokens)
+        + prompt_context_token_s(model) * features.chunk_context_tokens
+        + model.per_sequence_s * features.sequences
+    )
+
+
+def decode_step_s(model: StepModel, rows: int, context_tokens: int) -> float:
+    """As step_s, of decode rows only."""
+    if rows == 0:
+        return 0.0
+    over_s, over_more_s = model.per_token_over_s
+    return (
+        model.base_s
+        + model.per_token_s * rows
+        + over_s * max(0, rows - HINGE_ROWS[0])
+        + over_more_s * max(0, rows - HINGE_ROWS[1])
+        + model.per_context_token_s * context_tokens
+        + model.per_sequence_s * rows
+    )
 
 
 def prompt_token_s(model: StepModel) -> float:

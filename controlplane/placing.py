@@ -1,7 +1,8 @@
 """Starts waiting requests: routes them, debits the workers, writes dispatches and decisions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from controlplane import decisions, domain, protocol
 from controlplane.admission import Outlook, late_by_s, late_text
@@ -75,16 +76,16 @@ class Placer:
 
     def outlook(self, found: Route) -> Outlook | None:
         """Of the placement, or of the best worker when so much is queued there that it waits."""
-        rows = {row.worker_id: row for row in found.candidates if row.eligible}
         if found.placement is not None:
-            first = rows[found.placement.prefill_worker]
+            first = found.first
             ttft_s, itl_s = found.placement.predicted_ttft_s, found.placement.predicted_itl_s
             is_handoff = found.placement.split == "handoff"
-        elif rows:
-            first = min(rows.values(), key=lambda row: (row.ttft_s, row.worker_id))
-            ttft_s, itl_s, is_handoff = first.ttft_s, first.itl_s, False
         else:
-            return None
+            rows = [row for row in found.candidates if row.eligible]
+            if not rows:
+                return None
+            first = min(rows, key=lambda row: (row.ttft_s, row.worker_id))
+            ttft_s, itl_s, is_handoff = first.ttft_s, first.itl_s, False
         bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
         return Outlook(
             worker_id=first.worker_id,
@@ -203,10 +204,7 @@ class Placer:
         tracked.placed_at_s = now_s
         tracked.bucket = None
         if tracked.epoch == 1 and tracked.tier == "guaranteed" and not request.slo.is_batch:
-            first = next(
-                row for row in found.candidates if row.worker_id == placement.prefill_worker
-            )
-            is_handoff = placement.split == "handoff"
+            first, is_handoff = found.first, placement.split == "handoff"
             tracked.bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
@@ -219,13 +217,9 @@ class Placer:
         tracked.move_reason, tracked.cause = "", "submitted"
 
     def _observe(self, request: GenerateRequest, found: Route, now_s: float) -> None:
-        assert found.placement is not None
-        first = next(
-            row for row in found.candidates if row.worker_id == found.placement.prefill_worker
-        )
         floor = max(found.threshold_tokens, self._config.handoff_tokens_min)
         self._planner.observe_request(
-            now_s, request, first.prefill_s, found.uncached_tokens >= floor
+            now_s, request, found.first.prefill_s, found.uncached_tokens >= floor
         )
 
     def _dispatch(self, tracked: Tracked, placement: domain.Placement, uncached: int) -> None:

@@ -10,6 +10,7 @@ of two choices.
 from collections.abc import Callable
 
 from controlplane.config import ControlPlaneConfig
+from controlplane.latency import prompt_token_s
 from controlplane.registry import Worker
 
 LEVELS = 16
@@ -148,11 +149,11 @@ class Pools:
         config = self._config
         if worker.is_out:
             return LEVELS - 1
-        pace = worker.pace
+        token_s = prompt_token_s(worker.step_model)
         share = max(
             worker.num_online / config.sequences_max,
-            pace.token_s * pace.ahead_tokens_all / config.hold_s_min,
-            1.0 - pace.blocks_free / worker.hello.num_blocks,
+            token_s * worker.prefill_tokens_ahead / config.hold_s_min,
+            1.0 - worker.blocks_free(False) / worker.hello.num_blocks,
         )
         return min(LEVELS - 1, max(0, int(LEVELS * share)))
 

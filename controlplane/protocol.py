@@ -7,8 +7,10 @@ Durations are seconds. Deadlines travel as seconds remaining at send; each side 
 """
 
 import hashlib
-import struct
+import sys
+from array import array
 from collections.abc import Sequence
+from struct import unpack
 from typing import Literal
 
 import msgspec
@@ -510,18 +512,22 @@ def block_hashes(salt: bytes, token_ids: Sequence[int], block_tokens: int) -> tu
     h_0 = SHA-256(salt), h_i = SHA-256(h_(i-1) || ids of block i as little-endian uint32): equal
     names mean equal ids from the first token on, and never across two salts.
     """
+    size, count = 4 * block_tokens, len(token_ids) // block_tokens
+    blocks = unpack(f"{size}s" * count, _packed(token_ids)[: size * count])
     sha256 = hashlib.sha256
     link = sha256(salt).digest()
-    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
-    size = 4 * block_tokens
-    hashes = []
-    for start in range(0, len(packed) - size + 1, size):
-        link = sha256(link + packed[start : start + size]).digest()
-        hashes.append(link)
-    return tuple(hashes)
+    return tuple([link := sha256(link + block).digest() for block in blocks])
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    """Little-endian uint32. An array takes two thirds of struct.pack's time."""
+    packed = array("I", token_ids)
+    assert packed.itemsize == 4, packed.itemsize
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def fingerprint(salt: bytes, token_ids: Sequence[int]) -> bytes:
     """Name of a whole prompt of one tenant: equal for equal prompts, and tells nothing of them."""
-    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return hashlib.sha256(hashlib.sha256(salt).digest() + packed).digest()[:16]
+    return hashlib.sha256(hashlib.sha256(salt).digest() + _packed(token_ids)).digest()[:16]

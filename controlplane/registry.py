@@ -19,6 +19,7 @@ from controlplane.contracts import Capacity
 from controlplane.latency import (
     HINGE_ROWS,
     StepFeatures,
+    decode_step_s,
     is_sound,
     prompt_context_token_s,
     prompt_token_s,
@@ -49,16 +50,16 @@ class Reservation:
     is_struck: bool = False  # a worker died with it: alone of its kind here until it goes on
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(msgspec.Struct, frozen=True):
     """What predictions take of a worker, computed once per change of its state. Seconds, tokens."""
 
     model: protocol.StepModel
     token_s: float  # of one more prompt token in a large step
     chunk_context_s: float
-    beside: StepFeatures  # the decode step of the online sequences placed on it
+    rows: int  # of the online sequences placed on it that decode
     is_decoding: bool  # online rows, ours or those it reports
-    beside_s: float
+    beside_s: float  # the step of those rows
+    fixed_s: float  # what a step with a chunk takes beyond the chunk
     row_s: float  # one more decode row, without its context
     blocks_free: int  # for an online sequence
     blocks_free_batch: int
@@ -98,6 +99,9 @@ class Worker:
     is_drain_ordered: bool = False
     reservations: dict[str, Reservation] = field(default_factory=dict)
     unreported: dict[str, Reservation] = field(default_factory=dict)
+    prefill_tokens_given: int = 0  # of online requests, while its last report cannot include them
+    blocks_given: int = 0  # likewise, of all requests
+    blocks_given_online: int = 0
     num_online: int = 0
     num_online_decoding: int = 0  # of them, those that decode here, or will
     num_batch: int = 0
@@ -123,26 +127,27 @@ class Worker:
         return self._pace
 
     def _make_pace(self) -> Pace:
-        model = self.step_model
-        beside = StepFeatures(self.num_online_decoding, self.online_context_tokens)
+        load, model, rows = self.load, self.step_model, self.num_online_decoding
+        beside_s = decode_step_s(model, rows, self.online_context_tokens)
         row_s = model.per_token_s + model.per_sequence_s
-        for over_s, hinge in zip(model.per_token_over_s, HINGE_ROWS, strict=True):
-            row_s += over_s if beside.rows >= hinge else 0.0
-        ahead = self.prefill_tokens_given
-        if self.load:
-            ahead += self.load.prefill_tokens_waiting
+        if rows >= HINGE_ROWS[0]:
+            row_s += model.per_token_over_s[0]
+        if rows >= HINGE_ROWS[1]:
+            row_s += model.per_token_over_s[1]
+        ahead = self.prefill_tokens_ahead
         return Pace(
-            model=model,
-            token_s=prompt_token_s(model),
-            chunk_context_s=prompt_context_token_s(model),
-            beside=beside,
-            is_decoding=beside.rows > 0 or (self.load is not None and self.load.running_online > 0),
-            beside_s=step_s(model, beside),
-            row_s=row_s,
-            blocks_free=self.blocks_free(False),
-            blocks_free_batch=self.blocks_free(True),
-            ahead_tokens=max(0, ahead - self.surplus_tokens),
-            ahead_tokens_all=ahead,
+            model,
+            prompt_token_s(model),
+            prompt_context_token_s(model),
+            rows,
+            rows > 0 or (load is not None and load.running_online > 0),
+            beside_s,
+            max(model.base_s, beside_s),
+            row_s,
+            self.blocks_free(False),
+            self.blocks_free(True),
+            max(0, ahead - self.surplus_tokens),
+            ahead,
         )
 
     def reserve(self, reservation: Reservation) -> None:
@@ -152,17 +157,25 @@ class Worker:
         self.reservations[reservation.request_id] = reservation
         if not reservation.is_reported:
             self.unreported[reservation.request_id] = reservation
+            self._count_unreported(reservation, 1)
         self._count(reservation, 1)
 
     def release(self, request_id: str) -> bool:
         """Credit when the request leaves; False when it held nothing here."""
         self._pace = None
         reservation = self.reservations.pop(request_id, None)
-        self.unreported.pop(request_id, None)
         if reservation is None:
             return False
+        if self.unreported.pop(request_id, None) is not None:
+            self._count_unreported(reservation, -1)
         self._count(reservation, -1)
         return True
+
+    def _count_unreported(self, reservation: Reservation, sign: int) -> None:
+        self.blocks_given += sign * reservation.blocks
+        if not reservation.is_batch:
+            self.blocks_given_online += sign * reservation.blocks
+            self.prefill_tokens_given += sign * reservation.prefill_tokens
 
     def _count(self, reservation: Reservation, sign: int) -> None:
         self.num_struck += sign * reservation.is_struck
@@ -211,7 +224,9 @@ class Worker:
         if is_new_step and load.predicted_s > 0.0:
             self.step_ratios.append(self._slowdown(load) * load.measured_s / load.predicted_s)
         for request_id in [key for key, held in self.unreported.items() if held.is_accepted]:
-            self.unreported.pop(request_id).is_reported = True
+            reservation = self.unreported.pop(request_id)
+            reservation.is_reported = True
+            self._count_unreported(reservation, -1)
 
     def _slowdown(self, load: protocol.WorkerLoad) -> float:
         """A step as its model says now, over the same step when it joined."""
@@ -293,9 +308,10 @@ class Worker:
         return self.load.step_model if self.load else self.hello.step_model
 
     @property
-    def prefill_tokens_given(self) -> int:
-        """Online prompt tokens dispatched to it that its last report cannot include yet."""
-        return sum(held.prefill_tokens for held in self.unreported.values() if not held.is_batch)
+    def prefill_tokens_ahead(self) -> int:
+        """Online prompt tokens before a new one, those included that it has not reported yet."""
+        waiting = self.load.prefill_tokens_waiting if self.load else 0
+        return self.prefill_tokens_given + waiting
 
     def blocks_free(self, is_batch: bool) -> int:
         """KV blocks that a new sequence may get; batch rows give way to online ones."""
@@ -303,9 +319,7 @@ class Worker:
         if self.load:
             free = self.load.kv_blocks_free + self.load.kv_blocks_cached
             free += 0 if is_batch else self.load.kv_blocks_held_batch
-        return free - sum(
-            held.blocks for held in self.unreported.values() if is_batch or not held.is_batch
-        )
+        return free - (self.blocks_given if is_batch else self.blocks_given_online)
 
     def _predicted_s(self) -> float:
         return max(self.load.predicted_s, self.load.measured_s) if self.load else 0.0
@@ -360,6 +374,13 @@ class Worker:
         assert self._pace is None or self._pace == self._make_pace(), self.worker_id
         unreported = {item.request_id for item in held if not item.is_reported}
         assert set(self.unreported) == unreported, (self.worker_id, unreported)
+        given = list(self.unreported.values())
+        given_online = [item for item in given if not item.is_batch]
+        tokens = sum(item.prefill_tokens for item in given_online)
+        assert self.prefill_tokens_given == tokens, (self.worker_id, tokens)
+        assert self.blocks_given == sum(item.blocks for item in given), self.worker_id
+        blocks = sum(item.blocks for item in given_online)
+        assert self.blocks_given_online == blocks, (self.worker_id, blocks)
 
 
 class Registry:

@@ -8,8 +8,10 @@ workers that are just in time, or late, the one that does least damage. Source: 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
+
+import msgspec
+from msgspec.structs import replace
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates, can_pair, choose, threshold_tokens
@@ -21,8 +23,7 @@ from controlplane.scorers import Ask, Option, measure
 COST_EQUAL = 1.05  # costs within 5 % of the least are equal
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """A placement, or None and the reason; with all numbers that were compared."""
 
     placement: Placement | None
@@ -34,6 +35,12 @@ class Route:
     queue_s: float  # predicted wait on the best worker
     num_first: int = 1  # workers that may compute its prompt
     bound: Bound = "filters"
+
+    @property
+    def first(self) -> Candidate:
+        """The worker of the placement that computes the prompt."""
+        assert self.placement is not None, self.reason
+        return self.candidates[0]
 
 
 def route(

@@ -4,8 +4,9 @@ Only online work counts as load: batch rows and the KV they hold give way (desig
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import ceil
+
+import msgspec
 
 from controlplane.calibration import Bucket, bucket_of
 from controlplane.config import ControlPlaneConfig
@@ -20,8 +21,7 @@ ROOM_S_MIN = 1e-3  # of a step, for prompts, however strict the ITL target is
 ROOM_SHARE_MIN = 0.1  # of the ITL target: a late decode row slows a prompt, it does not stop it
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """One request at the moment of routing."""
 
     request: GenerateRequest
@@ -47,7 +47,7 @@ class Ask:
 
 def blocks_needed(worker: Worker, request: GenerateRequest, output_tokens: int) -> int:
     """A worker reserves all it may need at once; the last output id never needs KV."""
-    tokens = request.prompt_tokens + max(1, output_tokens) - 1
+    tokens = request.prompt_tokens + (output_tokens or 1) - 1
     return -(-tokens // worker.hello.block_tokens)
 
 
@@ -64,10 +64,15 @@ def prefill_s(pace: Pace, start: int, tokens: int, chunk_step_s: float) -> float
     Each step may last `chunk_step_s`; what the decode rows (or an empty step's base) take of it is
     paid once per chunk. Source: algorithms.md 2d, F_local = W + u·g·theta / (theta - A_dec).
     """
-    work_s = prompt_work_s(pace, start, tokens)
-    fixed_s = max(pace.model.base_s, pace.beside_s)
-    room_s = max(chunk_step_s - fixed_s, ROOM_SHARE_MIN * chunk_step_s, ROOM_S_MIN)
-    return max(1, ceil(work_s / room_s)) * fixed_s + work_s
+    return _in_chunks_s(pace, prompt_work_s(pace, start, tokens), chunk_step_s)
+
+
+def _in_chunks_s(pace: Pace, work_s: float, chunk_step_s: float) -> float:
+    fixed_s = pace.fixed_s
+    room_s = chunk_step_s - fixed_s
+    if room_s < ROOM_SHARE_MIN * chunk_step_s or room_s < ROOM_S_MIN:
+        room_s = max(ROOM_SHARE_MIN * chunk_step_s, ROOM_S_MIN)
+    return (ceil(work_s / room_s) or 1) * fixed_s + work_s
 
 
 def prompt_work_s(pace: Pace, start: int, tokens: int) -> float:
@@ -111,8 +116,7 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(msgspec.Struct, frozen=True):
     """A worker with its row, and what choosing between rows takes beyond it."""
 
     worker: Worker
@@ -133,23 +137,21 @@ class Option:
         )
 
 
-def measure(
-    worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bool, transfer_s: float = 0.0
-) -> Option:
+def measure(worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bool) -> Option:
     """What the worker would do: `is_prefill` asks for the prompt only, else for all of it."""
-    request, pace = ask.request, worker.pace
+    request, pace, slo = ask.request, worker.pace, ask.request.slo
     cached, restored = ask.cached_tokens(worker, config)
-    itl_target_s = request.slo.itl_s_p99
-    queue_s = _wait_s(worker, pace, ask)
-    uncached = request.prompt_tokens - cached
+    chunk_step_s = prompt_step_s(pace, slo)
+    queue_s = _wait_s(worker, pace, ask, chunk_step_s)
     restore_s = config.restore_share * pace.token_s * restored
-    own_s = prefill_s(pace, cached, uncached, prompt_step_s(pace, request.slo)) + restore_s
+    prompt_s = prompt_work_s(pace, cached, request.prompt_tokens - cached)
+    own_s = _in_chunks_s(pace, prompt_s, chunk_step_s) + restore_s
+    ttft_s = queue_s + own_s
     added_s = pace.row_s + pace.model.per_context_token_s * (request.prompt_tokens + 1)
     itl_s = (pace.beside_s or pace.model.base_s) + added_s
     output = 1 if is_prefill else request.output_tokens_max
     reason = ineligible_reason(worker, ask, config, output)
-    ttft_s = queue_s + own_s + transfer_s
-    free = pace.blocks_free_batch if request.slo.is_batch else pace.blocks_free
+    free = pace.blocks_free_batch if slo.is_batch else pace.blocks_free
     candidate = Candidate(
         worker.worker_id,
         worker.role,
@@ -157,39 +159,39 @@ def measure(
         reason,
         queue_s,
         own_s,
-        transfer_s,
+        0.0,
         ttft_s,
         itl_s,
         cached,
         max(0, free),
-        score(ttft_s, ask.ttft_s_left, itl_s, itl_target_s),
+        score(ttft_s, ask.ttft_s_left, itl_s, slo.itl_s_p99),
         ask.margin(bucket_of(queue_s, cached, is_prefill)) * ttft_s,
         0.0 if is_prefill else added_s,
         cached // worker.hello.block_tokens,
     )
-    work_s = prompt_work_s(pace, cached, uncached) + restore_s
-    others_s = 0.0 if is_prefill else added_s * pace.beside.rows
+    work_s = prompt_s + restore_s
     return Option(
         worker,
         candidate,
-        work_s + others_s,
+        work_s if is_prefill else work_s + added_s * pace.rows,
         worker.num_online / config.sequences_max,
     )
 
 
-def _wait_s(worker: Worker, pace: Pace, ask: Ask) -> float:
+def _wait_s(worker: Worker, pace: Pace, ask: Ask, chunk_step_s: float) -> float:
     """Until the prompt starts: prompts given before it, less what the step in hand has done of
     them, or else the rest of that step."""
     load = worker.load
-    chunk_step_s = prompt_step_s(pace, ask.request.slo)
     ahead = pace.ahead_tokens_all if ask.is_surplus else pace.ahead_tokens
-    reported = min(ahead, load.prefill_tokens_waiting) if load else 0
     wait_s = prefill_s(pace, 0, ahead, chunk_step_s) if ahead else 0.0
+    if load is None:
+        return wait_s
+    reported = min(ahead, load.prefill_tokens_waiting)
     in_step_s = worker.busy_s + max(0.0, ask.now_s - worker.heard_at_s)
     if reported:
         done_s = wait_s if reported == ahead else prefill_s(pace, 0, reported, chunk_step_s)
         wait_s = max(0.0, wait_s - min(in_step_s, done_s))
-    elif load and load.running_online + load.running_batch + load.waiting_batch:
+    elif load.running_online or load.running_batch or load.waiting_batch:
         wait_s += max(0.0, load.predicted_s - in_step_s)
     return wait_s
 

@@ -46,11 +46,15 @@ class WaitingRoom:
         )
 
     def enter(self, request: GenerateRequest, tier: Tier, now_s: float) -> None:
-        line = _line(request.slo, tier)
-        queue = self._queues.setdefault(line, FairQueue(self.config.tenants_max))
+        self._push(request, _line(request.slo, tier))
+        self._since_s[request.request_id] = now_s
+
+    def _push(self, request: GenerateRequest, line: Line) -> None:
+        queue = self._queues.get(line)
+        if queue is None:
+            queue = self._queues[line] = FairQueue(self.config.tenants_max)
         queue.push(request)
         self._line_of[request.request_id] = line
-        self._since_s[request.request_id] = now_s
 
     def can_demote(self, request: GenerateRequest) -> bool:
         """The surplus queue of its class has room; else it stays where it is, late as it is."""
@@ -63,9 +67,7 @@ class WaitingRoom:
         """From now on it waits in the surplus tier; its time limit goes on."""
         assert self.can_demote(request), request
         self._queue(request).remove(request.request_id)
-        line = _line(request.slo, "surplus")
-        self._queues.setdefault(line, FairQueue(self.config.tenants_max)).push(request)
-        self._line_of[request.request_id] = line
+        self._push(request, _line(request.slo, "surplus"))
 
     def enter_moving(self, request: GenerateRequest, start_by_s: float, now_s: float) -> None:
         """It had a worker before: it goes on before anything new starts."""

@@ -1,4 +1,4 @@
-"""The plane's bounded parts on their own: fair queue, prefix index, transfer rates."""
+"""The plane's bounded parts on their own: fair queue, transfer rates."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 from controlplane.config import ControlPlaneConfig
 from controlplane.disagg import TransferRates
 from controlplane.fairqueue import FairQueue, cost_tokens
-from controlplane.prefixes import Hit, PrefixIndex
 from tests.factories import make_request
-
-
-def names(*numbers: int) -> tuple[bytes, ...]:
-    return tuple(number.to_bytes(4, "big") for number in numbers)
 
 
 def take(queue: FairQueue) -> str:
@@ -98,91 +93,6 @@ def test_queue_loses_and_invents_nothing(steps):
         assert len(queue) == len(inside)
         assert {request.request_id for request in queue.requests()} == inside
         assert {request.request_id for request in queue.heads(1000)} == inside
-
-
-def prefix_index(blocks_max: int = 100, holders_max: int = 8, **sizes) -> PrefixIndex:
-    index = PrefixIndex(blocks_max, holders_max)
-    for worker_id in ("w1", "w2", "w3"):
-        index.join(worker_id, sizes.get("device", 10_000), sizes.get("host", 0))
-    return index
-
-
-def on_device(index: PrefixIndex, *numbers: int) -> dict[str, int]:
-    found = index.matched(names(*numbers))
-    assert all(hit.host_blocks == 0 for hit in found.values())
-    return {worker_id: hit.device_blocks for worker_id, hit in found.items()}
-
-
-def test_prefix_is_matched_up_to_the_first_block_that_is_missing():
-    index = prefix_index()
-    index.insert("w1", names(1, 2, 3))
-    index.insert("w2", names(1))
-    assert on_device(index, 1, 2, 3, 4) == {"w1": 3, "w2": 1}
-    assert on_device(index, 2, 3) == {"w1": 2}
-    assert on_device(index, 9, 1) == {} == on_device(index)
-
-
-def test_prefix_index_forgets_what_was_not_routed_for_a_generation():
-    index = prefix_index(blocks_max=8)
-    index.insert("w1", names(1, 2, 3))
-    index.insert("w1", names(11, 12, 13))
-    assert on_device(index, 1, 2, 3) == {"w1": 3} and on_device(index, 11, 12, 13) == {"w1": 3}
-    index.insert("w1", names(1, 2, 3))
-    index.insert("w1", names(21, 22, 23))
-    assert len(index) <= 8
-    assert on_device(index, 1, 2, 3) == {"w1": 3} and on_device(index, 11) == {}
-
-
-def test_prefix_index_keeps_the_beginning_of_a_chain_that_is_too_long_for_it():
-    index = prefix_index(blocks_max=8)
-    index.insert("w1", names(*range(10)))
-    assert on_device(index, *range(10)) == {"w1": 4} and len(index) == 4
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(["w1", "w2", "w3"]), st.integers(0, 5), st.integers(1, 9)))
-)
-def test_prefix_index_never_exceeds_its_bound_and_a_match_is_a_prefix(routed):
-    index = prefix_index(blocks_max=20, holders_max=2)
-    for worker_id, chain, length in routed:
-        blocks = [10 * chain + step for step in range(length)]
-        index.insert(worker_id, names(*blocks))
-        assert len(index) <= 20
-        found = on_device(index, *blocks)
-        assert found[worker_id] == length and len(found) <= 2
-        assert all(1 <= depth <= length for depth in found.values())
-
-
-def test_prefix_block_remembers_its_newest_holders_only():
-    index = prefix_index(holders_max=2)
-    for worker_id in ("w1", "w2", "w3"):
-        index.insert(worker_id, names(1))
-    assert on_device(index, 1) == {"w2": 1, "w3": 1}
-
-
-def test_blocks_move_to_the_host_tier_and_leave_it_as_others_are_routed():
-    index = PrefixIndex(100_000, 8)
-    index.join("w1", device_blocks=512, host_blocks=512)
-    index.insert("w1", names(1, 2))
-    seen = []
-    for turn in range(6):
-        seen.append(index.matched(names(1, 2)).get("w1"))
-        index.insert("w1", [bytes([9, turn, number // 256, number % 256]) * 8 for number in
-                            range(300)])  # fmt: skip
-    assert seen[0] == seen[1] == Hit(2, 0)
-    assert Hit(0, 2) in seen and seen[-1] is None
-
-
-def test_worker_that_left_is_found_nowhere_and_its_slot_starts_clean():
-    index = prefix_index()
-    index.insert("w1", names(1))
-    index.leave("w1")
-    assert on_device(index, 1) == {}
-    index.join("w4", 10_000, 0)
-    assert on_device(index, 1) == {}
-    index.insert("w4", names(1))
-    assert on_device(index, 1) == {"w4": 1}
 
 
 def test_transfer_rate_moves_towards_what_is_measured_and_is_bounded():
