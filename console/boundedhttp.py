@@ -9,6 +9,7 @@ import json
 import logging
 from dataclasses import dataclass
 from http import HTTPStatus
+from io import BytesIO
 from typing import Any
 
 from daphne.http_protocol import WebRequest
@@ -19,6 +20,7 @@ from zope.interface import implementer
 logger = logging.getLogger(__name__)
 
 BODY_CHECKS_PER_GRACE = 2
+UPLOAD_PATH = b"/v1/files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Limits:
     """What one connection may cost."""
 
     v1_body_bytes_max: int = 4 << 20
+    upload_body_bytes_max: int = (200 * 1000 * 1000) + (64 << 10)  # a batch file and its form
+    uploads_max: int = 4  # at a time; each may fill the spool with as much
     body_bytes_max: int = 1 << 20  # forms and the JSON of pages, admin and /api
     header_s_max: float = 10.0
     body_grace_s: float = 10.0
@@ -67,6 +71,8 @@ class BoundedRequest(WebRequest):
     """One HTTP request; the transport pauses it when its write buffer is over 64 KiB."""
 
     is_refused = False
+    is_upload = False
+    upload: Any = None  # the spooled body of an upload: a file that the application reads itself
     body_bytes = 0
     body_bytes_max = 0
 
@@ -81,11 +87,21 @@ class BoundedRequest(WebRequest):
 
     def gotLength(self, length: int | None) -> None:
         """Headers are in, no body byte yet."""
-        is_v1 = self.channel._path.startswith(b"/v1/")
-        self.body_bytes_max = self.limits.v1_body_bytes_max if is_v1 else self.limits.body_bytes_max
+        path = self.channel._path.partition(b"?")[0]
+        is_upload = path == UPLOAD_PATH and self.channel._command == b"POST"
+        self.body_bytes_max = self.limits.body_bytes_max
+        if is_upload:
+            self.body_bytes_max = self.limits.upload_body_bytes_max
+        elif path.startswith(b"/v1/"):
+            self.body_bytes_max = self.limits.v1_body_bytes_max
         super().gotLength(length)
         if (length or 0) > self.body_bytes_max:
             self.refuse_body()
+        elif is_upload and self.server.num_uploads >= self.limits.uploads_max:
+            self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many files are being uploaded.")
+        elif is_upload:
+            self.is_upload = True
+            self.server.num_uploads += 1
 
     def handleContentChunk(self, data: bytes) -> None:
         self.body_bytes += len(data)
@@ -111,6 +127,20 @@ class BoundedRequest(WebRequest):
         self.content.close()
         self.channel.refuse(status, message)
 
+    def process(self) -> Any:
+        """An upload's body stays in its file: Daphne would queue it in memory, piece by piece."""
+        if self.is_upload:
+            self.upload, self.content = self.content, BytesIO()
+        return super().process()
+
+    def end_upload(self) -> None:
+        """Room for the next one; does nothing twice."""
+        if self.is_upload:
+            self.is_upload = False
+            self.server.num_uploads -= 1
+        if self.upload is not None:
+            self.upload.close()
+
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """A refused request has its answer already; anything else goes to the application."""
         if self.is_refused:
@@ -131,11 +161,13 @@ class BoundedRequest(WebRequest):
 
     def connectionLost(self, reason: Any) -> None:
         self.writable.set()  # nobody waits for a dead peer
+        self.end_upload()
         super().connectionLost(reason)
 
     def finish(self) -> None:
         if self.producer is not None:
             self.unregisterProducer()
+        self.end_upload()
         super().finish()
 
     async def wait_writable(self) -> None:

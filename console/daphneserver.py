@@ -27,6 +27,8 @@ BACKLOG = 2048
 WEBSOCKET_POLL_S = 0.02
 WRITE_EXTENSION = "slackwater.write"  # scope["extensions"]: async (data: bytes) -> None
 
+UPLOAD_EXTENSION = "slackwater.upload"  # scope["extensions"]: a binary file, the whole body
+
 
 class BoundedFactory(HTTPFactory):
     """Builds bounded channels; without TLS and HTTP/2, which a proxy in front provides."""
@@ -56,6 +58,7 @@ class BoundedServer(daphne.server.Server):
         limits: Limits | None = None,
     ) -> None:
         self.limits = limits or Limits()
+        self.num_uploads = 0
         interface = quoteStringArgument(host)
         super().__init__(
             application,
@@ -71,6 +74,8 @@ class BoundedServer(daphne.server.Server):
     def create_application(self, protocol: Any, scope: dict[str, Any]) -> Any:
         if isinstance(protocol, BoundedRequest):
             scope["extensions"] = {WRITE_EXTENSION: protocol.write_now}
+            if protocol.upload is not None:
+                scope["extensions"][UPLOAD_EXTENSION] = protocol.upload
         return super().create_application(protocol, scope)
 
     async def handle_reply(self, protocol: Any, message: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 
-from console import auth, idempotency, state
+from console import auth, idempotency, state, v1resources
 from console.answering import Encoders, answer_stream, answer_whole
 from console.apierrors import ApiError, invalid, model_not_found
 from console.caps import load_json, quote
@@ -95,12 +95,16 @@ class V1:
             return invalid("The Host header names no host of this server.", None, "invalid_host")
         path, method = exchange.scope["path"], exchange.scope["method"]
         is_models = path == "/v1/models" or path.startswith("/v1/models/")
-        if not is_models and path not in _ENDPOINTS and path not in _NOT_SERVED:
+        resource = v1resources.match(path)
+        allowed: tuple[str, ...] = ("GET",) if is_models else ("POST",)
+        if resource is not None:
+            allowed = resource[0]
+        elif not is_models and path not in _ENDPOINTS and path not in _NOT_SERVED:
             return ApiError(404, "unknown_url", f"Unknown request URL: {method} {quote(path)}.")
-        allowed = "GET" if is_models else "POST"
-        if method != allowed:
-            exchange.extra_headers.append((b"allow", allowed.encode()))
-            return ApiError(405, "method_not_allowed", f"Use {allowed} for {quote(path)}.")
+        if method not in allowed:
+            exchange.extra_headers.append((b"allow", ", ".join(allowed).encode()))
+            words = " or ".join(allowed)
+            return ApiError(405, "method_not_allowed", f"Use {words} for {quote(path)}.")
         if services is None:
             return ApiError(503, "starting", "The server is starting.", retry_after_s=1.0)
         snapshot: Snapshot = services.snapshot.current
@@ -109,6 +113,9 @@ class V1:
             return key
         if is_models:
             return await self._models(exchange, snapshot, path)
+        if resource is not None:
+            _, handler, ids = resource
+            return await handler(exchange, services, key, *ids)
         if path in _NOT_SERVED:
             return ApiError(404, "model_not_found", "No model here makes embeddings.", "model")
         if services.draining:

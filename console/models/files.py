@@ -1,6 +1,7 @@
 """Files and batches. A line is claimed, finished and released by one conditional update each."""
 
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from django.db import models
@@ -39,6 +40,7 @@ class File(models.Model):
     path = models.CharField(max_length=1024)
     num_bytes = models.BigIntegerField()
     created_at = models.DateTimeField()
+    expires_at = models.DateTimeField(null=True, db_index=True)  # None: kept until deleted
 
     class Meta:
         ordering = ["-created_at", "-id"]
@@ -46,13 +48,24 @@ class File(models.Model):
     def __str__(self) -> str:
         return self.file_id
 
+    def is_in_use(self) -> bool:
+        """A batch that has not ended was made of it, or shows it."""
+        made_of = Batch.objects.filter(input_file=self).exclude(status__in=BATCH_ENDED)
+        return made_of.exists()
+
+    def forget(self) -> None:
+        """Remove row and bytes; batches made of it keep their own rows."""
+        Batch.objects.filter(input_file=self).update(input_file=None)
+        self.delete()
+        Path(self.path).unlink(missing_ok=True)
+
 
 class Batch(models.Model):
     """A file of requests with a deadline; its counts are those of its lines."""
 
     batch_id = models.CharField(max_length=64, unique=True)
     tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="batches")
-    input_file = models.ForeignKey(File, on_delete=models.PROTECT, related_name="+")
+    input_file = models.ForeignKey(File, on_delete=models.SET_NULL, null=True, related_name="+")
     output_file = models.ForeignKey(File, on_delete=models.SET_NULL, null=True, related_name="+")
     error_file = models.ForeignKey(File, on_delete=models.SET_NULL, null=True, related_name="+")
     endpoint = models.CharField(max_length=32)

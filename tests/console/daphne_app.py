@@ -32,6 +32,11 @@ async def application(scope, receive, send):
             num_bytes += len(event["body"])
             more = event["more_body"]
         answer = str(num_bytes).encode()
+    elif path == "/v1/files":
+        event = await receive()
+        upload = scope["extensions"][daphneserver.UPLOAD_EXTENSION]
+        assert event["body"] == b"" and not event["more_body"], event
+        answer = str(upload.seek(0, 2)).encode()
     elif path == "/counts":
         answer = json.dumps(counts).encode()
     else:

@@ -114,6 +114,38 @@ def test_private_name_of_the_pinned_packages_still_means_the_same(owner, text):
     assert text in inspect.getsource(owner)
 
 
+# --- uploads ----------------------------------------------------------------------------------
+
+
+def test_a_large_upload_stays_on_disk(served):
+    size = 150 * MIB
+    before = served.rss_bytes
+    head = post("/v1/files", f"Content-Length: {size}\r\nConnection: close")
+    response = send_in_pieces(served.port, head, bytes(MIB), size // MIB)
+    assert rawhttp.parse(response) == (200, str(size).encode())
+    assert served.rss_bytes - before < 30 * MIB
+
+
+def test_uploads_at_a_time_are_bounded_and_room_comes_back(served):
+    head = post("/v1/files", "Content-Length: 1000000")
+    open_ones = [rawhttp.connect(served.port) for _ in range(boundedhttp.Limits().uploads_max)]
+    try:
+        for sock in open_ones:
+            sock.sendall(head + b"x")
+            assert rawhttp.get(served.port, "/counts")[0] == 200  # the head has been read
+        refused = rawhttp.exchange(served.port, head)
+        assert rawhttp.parse(refused)[0] == 503
+    finally:
+        for sock in open_ones:
+            sock.close()
+    head = post("/v1/files", "Content-Length: 5\r\nConnection: close", b"hello")
+
+    def status() -> int:
+        return rawhttp.parse(rawhttp.exchange(served.port, head))[0]
+
+    rawhttp.until(lambda: status() == 200, "room for an upload")
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
