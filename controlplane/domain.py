@@ -51,6 +51,8 @@ class GenerateRequest:
     block_hashes: tuple[bytes, ...]  # salted chain over full prompt blocks
     arrived_at_s: float
     tenant_concurrency_max: int
+    key_id: str = ""  # of the tenant's keys, which share its part fairly
+    weight: float = 1.0  # of its tenant; 0: surplus only
     fingerprint: bytes = b""  # of tenant and prompt; empty: never recognised again
 
 
@@ -137,7 +139,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Demotion:
-    """Why a request runs in the surplus tier. `code` is one of contract_rate, late."""
+    """Why a request runs in the surplus tier. `code` is one of contract_rate, late, no_weight."""
 
     code: str
     message: str

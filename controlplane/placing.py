@@ -59,7 +59,7 @@ class Placer:
         has_changed = True
         while has_changed:
             has_changed = False
-            for request in self.room.next_up():
+            for request in self.room.next_up(self._hit_tokens):
                 tracked = self._tracked[request.request_id]
                 if not self.recoveries.has_room(tracked, len(self._tracked)):
                     continue
@@ -73,6 +73,12 @@ class Placer:
                     has_changed = True
         if len(self.room):
             self._passed_at_s = now_s
+
+    def _hit_tokens(self, request: GenerateRequest) -> int:
+        """Prompt tokens on the worker that has cached most of them."""
+        hits = self.prefixes.matched(request.block_hashes).values()
+        blocks = max((hit.device_blocks + hit.host_blocks for hit in hits), default=0)
+        return blocks * self._config.prefix_block_tokens
 
     def outlook(self, found: Route) -> Outlook | None:
         """Of the placement, or of the best worker when so much is queued there that it waits."""
@@ -196,7 +202,8 @@ class Placer:
         assert placement is not None
         request = tracked.request
         waited_s = self.room.waited_s(request.request_id, now_s)
-        self.room.take(request)
+        step_model = self._registry.workers[placement.prefill_worker].step_model
+        self.room.take(request, step_model, found.uncached_tokens)
         self.recoveries.began(tracked)
         tracked.epoch += 1
         tracked.placement = placement

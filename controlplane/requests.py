@@ -161,6 +161,9 @@ class Requests:
                 return over
             if over is not None:
                 tracked.demotion = Demotion(over.code, over.message)
+        if request.weight <= 0.0 and tracked.demotion is None and not request.slo.is_batch:
+            text = f"{request.tenant_id} has weight 0: it is served in what others leave"
+            tracked.demotion = Demotion("no_weight", text)
         is_judged = tracked.demotion is None and not request.slo.is_batch
         if is_judged and (refused := self._judge_late(tracked, found, account, now_s)):
             return refused
@@ -274,6 +277,7 @@ class Requests:
         del self.tracked[tracked.request_id]
         is_billed = output_tokens is not None and tracked.epoch > 0
         self.ledger.settle(tracked.request_id, output_tokens or 0, is_billed, now_s)
+        self._room.settle(tracked.request_id, output_tokens)
         if tracked.request.slo.is_batch:
             return
         tenant_id = tracked.request.tenant_id
@@ -365,7 +369,7 @@ class Requests:
             tracked = self.tracked.get(live.request_id)
             is_current = tracked is not None and tracked.epoch == live.epoch
             if tracked is not None and is_current and tracked.resumable_on == worker.worker_id:
-                self._room.take(tracked.request)
+                self._room.take_moving(tracked.request)
                 tracked.resumable_on = tracked.lost_worker = tracked.move_reason = ""
                 tracked.is_lost = False
                 tracked.enter_phase("decode", now_s)

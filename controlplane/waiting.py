@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import GenerateRequest, Rejected, SLOClass, Tier
-from controlplane.fairqueue import FairQueue
+from controlplane.fairqueue import FairQueue, Hits
+from controlplane.protocol import StepModel
 
 RETRY_S = 1.0  # a full queue moves by then
 Line = tuple[bool, int, str]  # is surplus, rank, class: the order in which queues are tried
@@ -23,6 +24,7 @@ class WaitingRoom:
     config: ControlPlaneConfig
     _queues: dict[Line, FairQueue] = field(default_factory=dict)
     _line_of: dict[str, Line] = field(default_factory=dict)  # of requests that have not started
+    _started_in: dict[str, Line] = field(default_factory=dict)  # of requests that run
     _moving: OrderedDict[str, GenerateRequest] = field(default_factory=OrderedDict)
     _start_by_s: dict[str, float] = field(default_factory=dict)  # of those that move
     _since_s: dict[str, float] = field(default_factory=dict)
@@ -76,8 +78,9 @@ class WaitingRoom:
         self._start_by_s[request.request_id] = start_by_s
         self._since_s[request.request_id] = now_s
 
-    def next_up(self) -> list[GenerateRequest]:
-        """Requests to try now, in order; at most scan_max of each queue."""
+    def next_up(self, hits: Hits) -> list[GenerateRequest]:
+        """Requests to try now, in order; at most scan_max of each queue. `hits`: prompt tokens that
+        a worker has cached."""
         limit = self.config.scan_max
         moving = sorted(
             self._moving.values(),
@@ -91,17 +94,30 @@ class WaitingRoom:
         heads = [head for head in moving if not head.slo.is_batch][:limit]
         batch = [head for head in moving if head.slo.is_batch][:limit]
         for line in sorted(self._queues):
-            for head in self._queues[line].heads(limit):
+            for head in self._queues[line].heads(limit, hits):
                 (batch if head.slo.is_batch else heads).append(head)
         return heads + batch
 
-    def take(self, request: GenerateRequest) -> None:
-        """The request starts."""
+    def take(self, request: GenerateRequest, model: StepModel, uncached_tokens: int) -> None:
+        """The request starts, on a worker of that model; the first time it is charged for."""
+        if request.request_id in self._moving:
+            self.take_moving(request)
+            return
         del self._since_s[request.request_id]
-        self._start_by_s.pop(request.request_id, None)
-        if self._moving.pop(request.request_id, None) is None:
-            self._queue(request).take(request.request_id)
-            del self._line_of[request.request_id]
+        self._queue(request).take(request.request_id, model, uncached_tokens)
+        self._started_in[request.request_id] = self._line_of.pop(request.request_id)
+
+    def take_moving(self, request: GenerateRequest) -> None:
+        """It goes on, on a worker that has it."""
+        del self._moving[request.request_id]
+        del self._since_s[request.request_id]
+        del self._start_by_s[request.request_id]
+
+    def settle(self, request_id: str, output_tokens: int | None) -> None:
+        """The end of a request that started; None when it was given up. See FairQueue."""
+        line = self._started_in.pop(request_id, None)
+        if line is not None:
+            self._queues[line].settle(request_id, output_tokens)
 
     def remove(self, request: GenerateRequest) -> None:
         """The request ends without (another) start."""

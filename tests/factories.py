@@ -93,6 +93,8 @@ def make_request(
     arrived_at_s: float = 0.0,
     tenant_concurrency_max: int = 100,
     fingerprint: bytes = b"",
+    key_id: str = "",
+    weight: float = 1.0,
 ) -> domain.GenerateRequest:
     return domain.GenerateRequest(
         request_id=request_id,
@@ -105,4 +107,6 @@ def make_request(
         arrived_at_s=arrived_at_s,
         tenant_concurrency_max=tenant_concurrency_max,
         fingerprint=fingerprint,
+        key_id=key_id,
+        weight=weight,
     )
