@@ -15,7 +15,7 @@ from typing import Any
 
 import daphne.server
 from daphne.http_protocol import HTTPFactory
-from daphne.ws_protocol import WebSocketProtocol
+from daphne.ws_protocol import WebSocketFactory, WebSocketProtocol
 from twisted.internet import defer, reactor
 from twisted.internet.endpoints import quoteStringArgument
 
@@ -41,7 +41,20 @@ class BoundedFactory(HTTPFactory):
         return channel
 
 
-daphne.server.HTTPFactory = BoundedFactory  # Server.run finds the factory by this name
+class StandardWebSocket(WebSocketProtocol):
+    """Closes with any code of RFC 6455, as ASGI allows; what Daphne calls for it knows 1000 and
+    3000-4999 only and raises for others, so that the connection would stay open."""
+
+    def serverClose(self, code: int | None = None) -> None:
+        self.sendCloseFrame(code=1000 if code is None else code)
+
+
+class StandardWebSocketFactory(WebSocketFactory):
+    protocol = StandardWebSocket
+
+
+daphne.server.HTTPFactory = BoundedFactory  # Server.run finds the factories by these names
+daphne.server.WebSocketFactory = StandardWebSocketFactory
 
 
 class BoundedServer(daphne.server.Server):

@@ -20,7 +20,7 @@ from controlplane.protocol import Role
 
 WORKERS_MAX = 64  # processes of one server
 RESTART_S_MIN, RESTART_S_MAX = 0.5, 30.0  # doubles with each failure in a row
-STEADY_S = 20.0  # a process that lived so long starts the count again
+STEADY_S = 5.0  # a process that lived so long starts the count again
 POLL_S = 0.1
 LOG_BYTES_MAX = 4 << 20  # a longer log is moved to .old before a start
 LAST_LINES = 8

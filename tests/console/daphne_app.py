@@ -2,7 +2,8 @@
 
 Prints its port, then serves: /v1/size (bytes of the body), /flood (endless response through the
 write extension), /flood-send (the same through `send`), /pieces (a few pieces through the
-extension), /counts (pieces written by the floods so far), /boom (raises), /ws (floods a websocket).
+extension), /counts (pieces written by the floods so far), /boom (raises), /ws (floods a websocket),
+/ws/close/CODE (closes one).
 """
 
 import asyncio
@@ -17,7 +18,7 @@ counts = {"flood": 0, "flood-send": 0, "ws": 0, "ended": 0}
 
 async def application(scope, receive, send):
     if scope["type"] == "websocket":
-        await websocket(receive, send)
+        await websocket(scope["path"], receive, send)
         return
     path = scope["path"]
     headers = [(b"content-type", b"text/plain")]
@@ -65,9 +66,13 @@ async def stream(scope, path, send):
         counts["ended"] += 1
 
 
-async def websocket(receive, send):
+async def websocket(path, receive, send):
     await receive()
     await send({"type": "websocket.accept"})
+    if path.startswith("/ws/close/"):
+        await send({"type": "websocket.close", "code": int(path.rpartition("/")[2])})
+        await receive()
+        return
     while True:
         await send({"type": "websocket.send", "bytes": PIECE})
         counts["ws"] += 1

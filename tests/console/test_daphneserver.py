@@ -331,13 +331,24 @@ def test_stalled_reader_is_cut_and_its_application_ends(impatient, name):
         rawhttp.until(lambda: impatient.counts["ended"] > ended, "the application to end")
 
 
+def upgrade(path):
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    ).encode()
+
+
+@pytest.mark.parametrize("code", [1000, 1008, 1012, 1013, 4401])
+def test_websocket_is_closed_with_any_standard_code(served, code):
+    """A peer that never answers the close is cut off, too."""
+    received = rawhttp.exchange(served.port, upgrade(f"/ws/close/{code}"))
+    assert received.partition(b"\r\n\r\n")[2] == b"\x88\x02" + code.to_bytes(2, "big")
+
+
 def test_websocket_that_never_reads_stops_its_producer(served):
     before = served.rss_bytes
     with rawhttp.connect(served.port, receive_buffer_bytes=4096) as sock:
-        sock.sendall(
-            b"GET /ws HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
+        sock.sendall(upgrade("/ws"))
         seen = [0, -1]
 
         def is_still():
