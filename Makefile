@@ -1,6 +1,6 @@
 # Slackwater. `make` lists the targets; `make demo` is the way to see it work.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-info test test-all sim-test sim-mutants lint clean clean-demo
+.PHONY: help setup demo demo-info test test-all sim-test sim-mutants chaos lint clean clean-demo
 
 VENV := .venv/bin
 # The demo's database, logs and key; a database named in the shell is not touched.
@@ -46,6 +46,9 @@ sim-test: setup  ## 2,000 simulated clusters under faults, at most 12 minutes on
 
 sim-mutants: setup  ## planted bugs against the simulation, at most 40 minutes on 2 cores
 	PYTHONHASHSEED=0 $(VENV)/python -m tests.simulation.mutants
+
+chaos: setup  ## workers are killed and frozen under load, clients must not notice; at most 10 minutes
+	$(VENV)/python -u -m tests.chaos --json var/chaos.json
 
 lint: setup  ## ruff and mypy
 	$(VENV)/ruff check .

@@ -172,6 +172,10 @@ class Server:
         ]
         return {re.search(r"--name (\S+)", row.command)[1]: row.pid for row in mine}
 
+    def num_starts(self) -> int:
+        """How often this server has started a worker process, by its log."""
+        return self.log.read_text().count("worker started name=")
+
     def client(self, **options) -> OpenAI:
         return OpenAI(
             base_url=f"{self.url}/v1",
