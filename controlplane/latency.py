@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, isfinite, log
+from operator import mul
 from typing import Literal
 
 import msgspec
@@ -42,6 +43,7 @@ LEVEL_RATE, LEVEL_MIN, LEVEL_MAX = 0.002, 5e-4, 0.05  # ACI
 
 RESIDUAL_MAX = 0.25  # a stall bends the model by no more than this share
 FORGET = 0.9995  # a memory of 2,000 steps
+GROWTH = 1.0 / FORGET
 NOISE = 0.03  # assumed relative noise of one step
 PRIOR = 0.3  # relative trust in the calibrated coefficients
 SCALE_WEIGHT = 0.05  # of one step in the running scale
@@ -293,7 +295,7 @@ class LatencyModel:
         """Mean seconds of the step; never less when something is added to it."""
         if features.rows == 0:
             return 0.0
-        return self._scale * _dot(self._beta, features.vector())
+        return self._scale * sum(map(mul, self._beta, features.vector()))
 
     def p99_s(self, features: StepFeatures) -> float:
         """Seconds that 99 of 100 such steps do not exceed."""
@@ -383,17 +385,18 @@ class LatencyModel:
     def _update(self, vector: tuple[float, ...], predicted_s: float, residual: float) -> None:
         """One step of recursive least squares on the relative error. Coefficients stay >= 0."""
         inputs = [value / predicted_s for value in vector]
-        gains = [_dot(row, inputs) for row in self._covariance]
-        news = _dot(gains, inputs)
+        gains = [sum(map(mul, row, inputs)) for row in self._covariance]
+        news = sum(map(mul, gains, inputs))
         if news < 1e-3:  # inputs that say nothing new would only inflate the covariance
             return
         total = FORGET + news
         for index, gain in enumerate(gains):
-            self._beta[index] = max(0.0, self._beta[index] + gain / total * residual)
+            beta = self._beta[index] + gain / total * residual
+            self._beta[index] = beta if beta > 0.0 else 0.0
         self._beta[0] = max(self._beta[0], 1e-6)
         for gain, row in zip(gains, self._covariance, strict=True):
-            share = gain / total
-            row[:] = [(p - share * other) / FORGET for p, other in zip(row, gains, strict=True)]
+            share = gain / (total * FORGET)
+            row[:] = [GROWTH * p - share * other for p, other in zip(row, gains, strict=True)]
         excess = max(self._covariance[i][i] / limit for i, limit in enumerate(self._prior))
         if excess > 1.0:
             for row in self._covariance:
@@ -429,7 +432,3 @@ class LatencyModel:
 def read_saved(data: bytes) -> SavedModel:
     """Raises msgspec.MsgspecError for anything that is not a saved model."""
     return msgspec.json.decode(data, type=SavedModel)
-
-
-def _dot(left: list[float], right: list[float] | tuple[float, ...]) -> float:
-    return sum(a * b for a, b in zip(left, right, strict=True))

@@ -92,7 +92,7 @@ class Placer:
                 return None
             first = min(rows, key=lambda row: (row.ttft_s, row.worker_id))
             ttft_s, itl_s, is_handoff = first.ttft_s, first.itl_s, False
-        bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
+        bucket = bucket_of(first.queue_s, first.prefill_s, first.cached_tokens, is_handoff)
         return Outlook(
             worker_id=first.worker_id,
             ttft_s=ttft_s,
@@ -212,7 +212,9 @@ class Placer:
         tracked.bucket = None
         if tracked.epoch == 1 and tracked.tier == "guaranteed" and not request.slo.is_batch:
             first, is_handoff = found.first, placement.split == "handoff"
-            tracked.bucket = bucket_of(first.queue_s, first.cached_tokens, is_handoff)
+            tracked.bucket = bucket_of(
+                first.queue_s, first.prefill_s, first.cached_tokens, is_handoff
+            )
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:

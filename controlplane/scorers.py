@@ -165,7 +165,7 @@ def measure(worker: Worker, ask: Ask, config: ControlPlaneConfig, is_prefill: bo
         cached,
         max(0, free),
         score(ttft_s, ask.ttft_s_left, itl_s, slo.itl_s_p99),
-        ask.margin(bucket_of(queue_s, cached, is_prefill)) * ttft_s,
+        ask.margin(bucket_of(queue_s, own_s, cached, is_prefill)) * ttft_s,
         0.0 if is_prefill else added_s,
         cached // worker.hello.block_tokens,
     )

@@ -171,7 +171,7 @@ def test_room_promised_to_others_is_not_given_to_a_newcomer():
 
 def test_p99_covers_99_of_100_and_is_sharp():
     chance, target = Events(3).random, TTFTCalibration()
-    bucket = bucket_of(0.1, 0, False)
+    bucket = bucket_of(0.1, 0.1, 0, False)
     ratios = []
     for _ in range(20_000):
         actual_s = 0.2 * chance.lognormvariate(0.0, 0.1)
@@ -184,9 +184,19 @@ def test_p99_covers_99_of_100_and_is_sharp():
 def test_margin_at_start_and_from_the_pooled_scores_of_other_buckets():
     target = TTFTCalibration()
     for index in range(SCORES_MIN):
-        assert target.margin(bucket_of(0.0, 0, True)) == MARGIN_AT_START
-        target.observe(bucket_of(0.0, 0, False), 1.0, 1.0 + index / 1_000)
-    assert target.margin(bucket_of(9.0, 5, True)) == pytest.approx(1.099)
+        assert target.margin(bucket_of(0.0, 0.1, 0, True)) == MARGIN_AT_START
+        target.observe(bucket_of(0.0, 0.1, 0, False), 1.0, 1.0 + index / 1_000)
+    assert target.margin(bucket_of(9.0, 0.1, 5, True)) == pytest.approx(1.099)
+
+
+def test_a_rare_kind_of_prediction_borrows_from_its_likes_before_all_others():
+    target = TTFTCalibration()
+    for _ in range(SCORES_MIN):
+        target.observe(bucket_of(0.0, 0.01, 0, False), 1.0, 0.5)  # short, nothing before it
+        target.observe(bucket_of(1.0, 0.01, 0, False), 1.0, 2.0)  # short, much before it
+    assert target.margin(bucket_of(0.0, 0.01, 64, False)) == pytest.approx(0.5)
+    assert target.margin(bucket_of(1.0, 0.01, 64, False)) == pytest.approx(2.0)
+    assert target.margin(bucket_of(0.0, 1.0, 0, False)) == pytest.approx(2.0)
 
 
 def test_prediction_is_scored_from_placement_to_first_token_and_only_in_the_guaranteed_tier():
