@@ -68,14 +68,11 @@ class Trace:
     name: str
     rows: Rows
     span_s: float
-    num_rows: int
-
-    @property
-    def rate_per_s(self) -> float:
-        return self.num_rows / self.span_s
+    rate_per_s: float  # mean over the span
 
     def window(self, start_s: float, seconds: float) -> "Trace":
-        """Only the arrivals in [start_s, start_s + seconds), which begin at 0."""
+        """Only the arrivals in [start_s, start_s + seconds), which begin at 0; the rate stays that
+        of the whole."""
 
         def rows() -> Iterator[TraceRequest]:
             for row in self.rows():
@@ -84,7 +81,7 @@ class Trace:
                 if row.at_s >= start_s:
                     yield replace(row, at_s=row.at_s - start_s)
 
-        return Trace(self.name, rows, seconds, sum(1 for _ in rows()))
+        return Trace(self.name, rows, seconds, self.rate_per_s)
 
     def where(self, keeps: Callable[[TraceRequest], bool]) -> "Trace":
         """Only the requests that `keeps` accepts: those that fit a model's context."""
@@ -92,11 +89,12 @@ class Trace:
         def rows() -> Iterator[TraceRequest]:
             return filter(keeps, self.rows())
 
-        return Trace(self.name, rows, self.span_s, sum(1 for _ in rows()))
+        rate_per_s = sum(1 for _ in rows()) / self.span_s
+        return Trace(self.name, rows, self.span_s, rate_per_s)
 
     def map(self, change: Callable[[TraceRequest], TraceRequest]) -> "Trace":
         """Every request changed, but for its time."""
-        return Trace(self.name, lambda: map(change, self.rows()), self.span_s, self.num_rows)
+        return Trace(self.name, lambda: map(change, self.rows()), self.span_s, self.rate_per_s)
 
     def jittered(self, tick_s: float, seed: int) -> "Trace":
         """Stamps that stand on ticks, spread uniformly over their tick; in order again."""
@@ -111,7 +109,7 @@ class Trace:
             while held:
                 yield heapq.heappop(held)[2]
 
-        return Trace(self.name, rows, self.span_s + tick_s, self.num_rows)
+        return Trace(self.name, rows, self.span_s + tick_s, self.rate_per_s)
 
     def scaled(self, factor: float) -> "Trace":
         """The same workload at `factor` times its rate. Raises ValueError for a factor that asks
@@ -121,7 +119,7 @@ class Trace:
         copies = math.ceil(factor)
         whole = self._superposed(copies) if copies > 1 else self
         kept = whole._thinned(factor / copies)
-        return kept._stretched(kept.num_rows / (factor * self.num_rows))
+        return kept._stretched(kept.rate_per_s / (factor * self.rate_per_s))
 
     def _superposed(self, copies: int) -> "Trace":
         """Copies of the window, each turned by its share of the span: what leaves at the end comes
@@ -138,7 +136,7 @@ class Trace:
         def rows() -> Iterator[TraceRequest]:
             return heapq.merge(*map(turned, range(copies)), key=lambda row: row.at_s)
 
-        return Trace(self.name, rows, self.span_s, self.num_rows * copies)
+        return Trace(self.name, rows, self.span_s, self.rate_per_s * copies)
 
     def _thinned(self, share: float) -> "Trace":
         """Whole clients (or else sessions) that make at least this share of the requests, and
@@ -148,7 +146,7 @@ class Trace:
         counts = Counter(map(_user, self.rows()))
         if not all(counts):
             return self
-        wanted, chosen, total = share * self.num_rows, set(), 0
+        wanted, chosen, total = share * counts.total(), set(), 0
         left = sorted(counts, key=lambda user: (crc32(user.encode()), user))
         for user in left:
             if total + counts[user] <= wanted:
@@ -169,7 +167,7 @@ class Trace:
                     return
                 yield replace(row, at_s=row.at_s * factor)
 
-        return Trace(self.name, rows, self.span_s, sum(1 for _ in rows()))
+        return Trace(self.name, rows, self.span_s, self.rate_per_s / factor)
 
 
 def read(folder: str, name: str, seed: int = 0) -> Trace:
@@ -189,9 +187,9 @@ def read(folder: str, name: str, seed: int = 0) -> Trace:
         raise ValueError(f"{path} has no requests")
     span_s = math.nextafter(max(row.at_s for row in _rows(path)), math.inf)
     held = tuple(_rows(path)) if num_rows <= ROWS_HELD_MAX else ()
-    trace = Trace(name, lambda: iter(held) if held else _rows(path), span_s, num_rows)
+    opened = Trace(name, lambda: iter(held) if held else _rows(path), span_s, num_rows / span_s)
     tick_s = TICKS_S.get(name)
-    return trace.jittered(tick_s, seed) if tick_s else trace
+    return opened.jittered(tick_s, seed) if tick_s else opened
 
 
 def _rows(path: Path) -> Iterator[TraceRequest]:
@@ -230,4 +228,4 @@ def synthetic(seed: int, rate_per_s: float, seconds: float, shared_share: float 
                 arrival.at_s, prompt, arrival.output_tokens, hash_ids if shared_share else ()
             )
 
-    return Trace("synthetic", rows, seconds, sum(1 for _ in rows()))
+    return Trace("synthetic", rows, seconds, sum(1 for _ in rows()) / seconds)

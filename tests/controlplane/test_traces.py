@@ -11,7 +11,7 @@ from controlplane.sim.traces import Trace, TraceRequest
 
 
 def trace(*rows: TraceRequest, span_s: float = 100.0) -> Trace:
-    return Trace("rows", lambda: iter(rows), span_s, len(rows))
+    return Trace("rows", lambda: iter(rows), span_s, len(rows) / span_s)
 
 
 def every(count: int, step_s: float, **facts) -> Trace:
@@ -52,7 +52,7 @@ def test_a_file_is_read_with_its_prefixes_and_users(tmp_path):
         TraceRequest(0.0, 700, 5, (4, 9), "c1", ""),
         TraceRequest(2.5, 700, 5, (), "", "s"),
     ]
-    assert (read.num_rows, read.rate_per_s) == (2, pytest.approx(0.8))
+    assert (read.span_s, read.rate_per_s) == (pytest.approx(2.5), pytest.approx(0.8))
 
 
 def test_a_file_larger_than_what_is_held_gives_the_same_rows(tmp_path, monkeypatch):
@@ -96,13 +96,13 @@ def test_stamps_on_ticks_are_spread_within_their_tick_and_stay_in_order(tmp_path
 def test_a_window_begins_at_zero():
     cut = every(10, 1.0).window(3.0, 2.0)
     assert [item.at_s for item in cut.rows()] == [0.0, 1.0]
-    assert (cut.span_s, cut.num_rows) == (2.0, 2)
+    assert (cut.span_s, cut.rate_per_s) == (2.0, 1.0)
 
 
 def test_copies_multiply_the_rate_and_share_no_prefix():
     tripled = every(100, 1.0, hash_ids=(7,)).scaled(3.0)
     rows = list(tripled.rows())
-    assert len(rows) == tripled.num_rows == 300
+    assert len(rows) == 300 and tripled.rate_per_s == 3.0
     assert [item.at_s for item in rows] == sorted(item.at_s for item in rows)
     assert rows[0].at_s >= 0.0 and rows[-1].at_s < tripled.span_s
     wide = [item for item in rows if item.prompt_tokens >= 64]
@@ -111,8 +111,9 @@ def test_copies_multiply_the_rate_and_share_no_prefix():
 
 def test_a_rate_between_two_numbers_of_copies_stretches_time_where_there_are_no_users():
     scaled = every(1_000, 0.1).scaled(2.5)
-    assert scaled.rate_per_s == pytest.approx(25.0, rel=0.01)
+    assert scaled.rate_per_s == pytest.approx(25.0)
     assert scaled.span_s == pytest.approx(100.0)
+    assert len(list(scaled.rows())) == pytest.approx(2_500, rel=0.01)
 
 
 def test_scaling_down_keeps_whole_clients():
@@ -122,7 +123,7 @@ def test_scaling_down_keeps_whole_clients():
     clients = {item.client_id for item in kept}
     assert 10 <= len(clients) <= 14
     assert scaled.rate_per_s == pytest.approx(3.0, rel=0.03)
-    assert scaled.num_rows == len(kept)
+    assert len(kept) == pytest.approx(600, rel=0.03)
 
 
 def test_sessions_stand_for_clients_where_none_are_named():
@@ -154,7 +155,7 @@ def test_the_synthetic_workload_needs_no_file_and_repeats_by_seed():
     rows = list(made.rows())
     assert rows == list(made.rows()) == list(traces.synthetic(1, 20.0, 60.0, 0.3).rows())
     assert rows != list(traces.synthetic(2, 20.0, 60.0, 0.3).rows())
-    assert made.num_rows == len(rows) > 600
+    assert len(rows) == pytest.approx(60.0 * made.rate_per_s) and len(rows) > 600
     first_blocks = [item.hash_ids[0] for item in rows]
     assert len(set(first_blocks)) < 0.85 * len(rows)
     assert all(-(-item.prompt_tokens // 512) <= len(item.hash_ids) for item in rows)
