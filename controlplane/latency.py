@@ -295,7 +295,8 @@ class LatencyModel:
         """Mean seconds of the step; never less when something is added to it."""
         if features.rows == 0:
             return 0.0
-        return self._scale * sum(map(mul, self._beta, features.vector()))
+        unscaled_s: float = sum(map(mul, self._beta, features.vector()))
+        return self._scale * unscaled_s
 
     def p99_s(self, features: StepFeatures) -> float:
         """Seconds that 99 of 100 such steps do not exceed."""
