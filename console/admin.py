@@ -195,8 +195,8 @@ class RequestRecordAdmin(FactsAdmin):
 
 @admin.register(PlanRecord)
 class PlanRecordAdmin(FactsAdmin):
-    list_display = ["at", "worker_id", "role_before", "role_after", "by", "reason"]
-    list_filter = ["is_demo_history"]
+    list_display = ["at", "kind", "__str__", "by", "is_shadow", "reason"]
+    list_filter = ["kind", "is_shadow", "is_demo_history"]
 
 
 @admin.register(Batch)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.utils import timezone
 
-from console import demochecks, demomeasure, demoreport, demoseed
+from console import demochecks, demoload, demomeasure, demoreport, demoseed
 from console.democlient import new_client, stream_chat
 from console.demoload import Prompts, chat_body
 from console.demoseed import Login
@@ -41,6 +42,7 @@ from console.demostart import (
 )
 from console.state import ServerState
 from console.tokens import FolderTokenizer
+from controlplane.domain import PlanChanged
 
 WORKERS = "prefill=1,decode=1"
 NUM_WORKERS = 2
@@ -113,6 +115,8 @@ class Demo:
         self._load: subprocess.Popen[str] | None = None
         self._num_client_errors = 0
         self._task: asyncio.Task[None] | None = None
+        self._load_began: datetime | None = None
+        self._plan: PlanChanged | None = None  # the newest that was said
 
     def seed(self, port: int) -> None:
         """Rows and history; the database is migrated and `serve` has made the model's row."""
@@ -212,6 +216,7 @@ class Demo:
 
     def _start_load(self, rate_per_s: float) -> None:
         say(f"demo: load of {rate_per_s:.2f} chats/s and a batch job")
+        self._load_began = timezone.now()
         log = logs() / "load.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as errors:
@@ -243,7 +248,24 @@ class Demo:
             if now_s - said_at_s >= STATUS_S:
                 said_at_s = now_s
                 say(status_line(state, now_s - started_at_s))
+            self._say_plan(state, now_s - started_at_s)
             await asyncio.sleep(WATCH_S)
+
+    def _say_plan(self, state: ServerState, passed_s: float) -> None:
+        """A line when a worker's role changes, with the reason."""
+        plans = state.fleet.view().plans
+        if plans and plans[0] is not self._plan:
+            self._plan = plan = plans[0]
+            change = f"{plan.worker_id} {plan.role_before} -> {plan.role_after}"
+            say(f"demo: {passed_s:4.0f} s  plan {change} by {plan.by}: {plan.reason}")
+
+    def _mix_shift_s(self) -> float | None:
+        """When the load's mix of prompts shifted, after the start of what the report counts."""
+        if self._load_began is None:
+            return None
+        shift_s = (timezone.now() - self._load_began).total_seconds() - demoload.SHIFT_AFTER_S
+        began_s = (self._load_began - self._since).total_seconds()
+        return None if shift_s < 0.0 else began_s + demoload.SHIFT_AFTER_S
 
     def _end_load(self) -> None:
         """Tells the load to send nothing more and waits for the answers that are still running."""
@@ -276,7 +298,9 @@ class Demo:
     def finish(self, state: ServerState) -> None:
         """Counts and writes DEMO_JSON, after the server has stopped. Raises CommandError."""
         self._end_load()
-        report = demoreport.count(self._since, self._first_token_s, self._num_client_errors)
+        report = demoreport.count(
+            self._since, self._first_token_s, self._num_client_errors, self._mix_shift_s()
+        )
         for line in report.lines():
             say(f"demo: {line}")
         found = demoreport.differences(report, metric_reader(state))

@@ -4,16 +4,28 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from django.db.models import Count, Q, QuerySet, Sum
 
-from console.models import RequestRecord
+from console.models import PlanRecord, RequestRecord
+
+PLAN_CHANGES_MAX = 100  # in one report, the newest
 
 # Value of a sample of /metrics by name and labels, summed over the labels that are not given.
 ReadMetric = Callable[[str, dict[str, str]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChange:
+    """What the planner, or an operator, changed; `at_s` after the demo's start."""
+
+    at_s: float
+    what: str
+    by: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,8 @@ class Report:
     first_token_s: float | None
     ttft_ms_p99: float | None
     itl_ms_p99: float | None
+    mix_shift_s: float | None = None  # when the load's prompts changed, after the demo's start
+    plan_changes: list[PlanChange] = field(default_factory=list)  # oldest first
 
     @property
     def batch_token_share(self) -> float:
@@ -46,10 +60,19 @@ class Report:
             f" {_ms(self.ttft_ms_p99)}, ITL p99 {_ms(self.itl_ms_p99)}",
             f"batch {self.batch_lines} lines, {100 * self.batch_token_share:.0f} % of output"
             f" tokens; failed {self.failed}",
+            *(
+                f"plan at {change.at_s:.0f} s by {change.by}: {change.what}: {change.reason}"
+                for change in self.plan_changes
+            ),
         ]
 
 
-def count(since: datetime, first_token_s: float | None, num_client_errors: int) -> Report:
+def count(
+    since: datetime,
+    first_token_s: float | None,
+    num_client_errors: int,
+    mix_shift_s: float | None = None,
+) -> Report:
     """Reads the request table; `num_client_errors` are requests that only the load saw fail."""
     rows = RequestRecord.objects.filter(arrived_at__gte=since, is_demo_history=False)
     online, batch = rows.filter(is_batch=False), rows.filter(is_batch=True)
@@ -73,7 +96,19 @@ def count(since: datetime, first_token_s: float | None, num_client_errors: int) 
         first_token_s=first_token_s,
         ttft_ms_p99=quantile(online.values_list("ttft_ms", flat=True), 0.99),
         itl_ms_p99=quantile(online.values_list("itl_ms_p99", flat=True), 0.99),
+        mix_shift_s=mix_shift_s,
+        plan_changes=plan_changes(since),
     )
+
+
+def plan_changes(since: datetime) -> list[PlanChange]:
+    """Those that were carried out."""
+    rows = PlanRecord.objects.filter(at__gte=since, is_demo_history=False, is_shadow=False)
+    newest = list(rows.order_by("-at", "-id")[:PLAN_CHANGES_MAX])
+    return [
+        PlanChange((row.at - since).total_seconds(), str(row), row.by, row.reason)
+        for row in reversed(newest)
+    ]
 
 
 def _tokens(rows: "QuerySet[RequestRecord]") -> int:

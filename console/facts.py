@@ -47,7 +47,7 @@ class RequestFact:
 
 @dataclass(frozen=True, slots=True)
 class PlanFact:
-    """A worker's role changed: which, by whom and why; the columns of model PlanRecord."""
+    """The plan has changed: what, by whom and why; the columns of model PlanRecord."""
 
     at: datetime
     worker_id: str
@@ -55,3 +55,7 @@ class PlanFact:
     role_after: str
     by: str
     reason: str
+    kind: str = "role"
+    is_shadow: bool = False
+    model_before: str = ""
+    model_after: str = ""

@@ -1,4 +1,4 @@
-"""What is stored and logged about workers: each change of a role, and one row for each worker."""
+"""What is stored and logged about workers: each change of the plan, one row for each worker."""
 
 import logging
 from collections.abc import Callable
@@ -23,11 +23,15 @@ class FleetRecords:
 
     def plan(self, plan: domain.PlanChanged) -> None:
         logger.info(
-            "plan worker=%s role=%s->%s by=%s reason=%s",
+            "plan kind=%s worker=%s role=%s->%s model=%s->%s by=%s shadow=%s reason=%s",
+            plan.kind,
             plan.worker_id,
             plan.role_before,
             plan.role_after,
+            plan.model_before,
+            plan.model_after,
             plan.by,
+            plan.is_shadow,
             plan.reason,
         )
         self._put(
@@ -38,6 +42,10 @@ class FleetRecords:
                 role_after=plan.role_after,
                 by=plan.by,
                 reason=plan.reason[:REASON_MAX],
+                kind=plan.kind,
+                is_shadow=plan.is_shadow,
+                model_before=plan.model_before,
+                model_after=plan.model_after,
             )
         )
 

@@ -2,7 +2,7 @@
 
 from console.models.contracts import ContractRow
 from console.models.files import Batch, BatchLine, File
-from console.models.fleet import Model, SLOClassRow, Worker, ensure_default_classes
+from console.models.fleet import Model, PlanOrder, SLOClassRow, Worker, ensure_default_classes
 from console.models.idempotency import IdempotencyRecord
 from console.models.requests import PlanRecord, RequestRecord
 from console.models.tenants import ApiKey, ApiToken, Quota, Tenant
@@ -16,6 +16,7 @@ __all__ = [
     "File",
     "IdempotencyRecord",
     "Model",
+    "PlanOrder",
     "PlanRecord",
     "Quota",
     "RequestRecord",

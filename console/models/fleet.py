@@ -161,6 +161,26 @@ class Model(Versioned):
         return self.model_id
 
 
+class PlanOrder(models.Model):
+    """An operator's order to the planner, given outside of the serving process, which takes queued
+    rows and answers them. The newest `shadow` or `auto` that was done is the planner's mode."""
+
+    at = models.DateTimeField()
+    action = models.CharField(max_length=8)  # role | model | drain | rollback | shadow | auto
+    worker_id = models.CharField(max_length=64, blank=True)
+    value = models.CharField(max_length=128, blank=True)  # the role, or the model
+    by = models.CharField(max_length=150)
+    state = models.CharField(max_length=8, default="queued")  # queued | taken | done | refused
+    answer = models.CharField(max_length=500, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+        indexes = [models.Index(fields=["state", "id"], name="planorder_state")]
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.worker_id} {self.value}".strip()
+
+
 class Worker(models.Model):
     """A worker that has joined at least once; the live state is in the control plane's memory."""
 

@@ -52,9 +52,15 @@ class RequestRecord(models.Model):
 
 
 class PlanRecord(models.Model):
-    """One change of a worker's role: by the planner or by a named operator, and why."""
+    """One change of the plan, by the planner or by a named operator, and why: a worker's role or
+    model, a start (`worker_id` is then its name) or a drain. In shadow mode it only would have
+    been made."""
 
     at = models.DateTimeField(db_index=True)
+    kind = models.CharField(max_length=8, default="role")  # role | model | start | drain | stop
+    is_shadow = models.BooleanField(default=False)
+    model_before = models.CharField(max_length=128, blank=True)
+    model_after = models.CharField(max_length=128, blank=True)
     worker_id = models.CharField(max_length=64)
     role_before = models.CharField(max_length=8)
     role_after = models.CharField(max_length=8)
@@ -66,4 +72,12 @@ class PlanRecord(models.Model):
         ordering = ["-at", "-id"]
 
     def __str__(self) -> str:
-        return f"{self.worker_id} {self.role_before} -> {self.role_after}"
+        if self.kind == "role":
+            return f"{self.worker_id} {self.role_before} -> {self.role_after}"
+        if self.kind == "model":
+            return f"{self.worker_id} {self.model_before} -> {self.model_after or 'no model'}"
+        return f"{self.kind} {self.worker_id} ({self.role_after}, {self.model_name})"
+
+    @property
+    def model_name(self) -> str:
+        return self.model_after or self.model_before
