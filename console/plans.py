@@ -22,6 +22,7 @@ from controlplane import domain
 
 POLL_S = 1.0
 ORDER_S_MAX = 30.0  # an older order is not carried out
+APPLY_S_MAX = 3600.0  # an older recommendation says nothing of today's load
 ORDERS_MAX = 20  # taken at once
 MODES = ("auto", "shadow")
 NO_SERVER = "no server took it: is `manage.py serve` running?"
@@ -95,9 +96,8 @@ def order_of(record: PlanRecord) -> tuple[str, str, str]:
     when it cannot be."""
     if not record.is_shadow:
         raise ValueError(f"plan {record.pk} was carried out when it was made")
-    worker = Worker.objects.filter(worker_id=record.worker_id, joined_at__lte=record.at).first()
-    if record.kind != "start" and (worker is None or worker.status == "lost"):
-        raise ValueError(f"plan {record.pk} is about {record.worker_id}, which is gone")
+    if record.at < timezone.now() - timedelta(seconds=APPLY_S_MAX):
+        raise ValueError(f"plan {record.pk} is of {record.at:%Y-%m-%d %H:%M}: too old to apply")
     match record.kind:
         case "role":
             return "role", record.worker_id, record.role_after
@@ -114,22 +114,26 @@ class OrderDesk:
     def __init__(self, fleet: Fleet, writer: FactWriter) -> None:
         self._fleet = fleet
         self._writer = writer
+        self._is_mode_known = False
 
     async def run(self) -> None:
-        """Until cancelled: the mode that was in force, then orders as they come."""
-        is_mode_known = False
+        """Until cancelled."""
         while True:
             try:
-                if not is_mode_known:
-                    self._fleet.handle(domain.PlannerOrdered(await self._writer.call(mode), ""))
-                    is_mode_known = True
-                for order in await self._writer.call(_take):
-                    answer, is_done = self._carry_out(order)
-                    logger.info("plan order=%s by=%s answer=%s", order, order.by, answer)
-                    await self._writer.call(_answer, order.pk, answer, is_done)
+                await self.turn()
             except DatabaseError as error:
                 logger.warning("plan orders not read: %s", error)
             await asyncio.sleep(POLL_S)
+
+    async def turn(self) -> None:
+        """At first the mode that was in force; then the orders that wait."""
+        if not self._is_mode_known:
+            self._fleet.handle(domain.PlannerOrdered(await self._writer.call(mode), ""))
+            self._is_mode_known = True
+        for order in await self._writer.call(_take):
+            answer, is_done = self._carry_out(order)
+            logger.info("plan order=%s by=%s answer=%s", order, order.by, answer)
+            await self._writer.call(_answer, order.pk, answer, is_done)
 
     def _carry_out(self, order: PlanOrder) -> tuple[str, bool]:
         """What came of it, and whether it was done."""

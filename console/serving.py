@@ -16,6 +16,7 @@ from django.db import DatabaseError
 
 from console import asgi, policies
 from console.daphneserver import BoundedServer, event_loop
+from console.plans import OrderDesk
 from console.snapshot import Snapshot
 from console.state import ServerState
 from controlplane import domain, kappas
@@ -72,6 +73,7 @@ class Serving:
             self.loop.create_task(self._supervise()),
             self.loop.create_task(self.state.batches.run()),
             self.loop.create_task(self._start()),
+            self.loop.create_task(OrderDesk(self.state.fleet, self.state.writer).run()),
         ]
         for number in (signal.SIGINT, signal.SIGTERM):
             self.loop.add_signal_handler(number, self.begin_drain)
@@ -149,7 +151,8 @@ class Serving:
         state = self.state
         state.draining = True
         state.fleet.handle(domain.ServerDraining())
-        supervisor, batches, _ = self._tasks
+        supervisor, batches, _, orders = self._tasks
+        orders.cancel()
         batches.cancel()
         await asgi.close_page_sockets(state)
         await asyncio.wait({batches}, timeout=FLUSH_S_MAX)  # its lines are pending again

@@ -9,7 +9,7 @@ from rest_framework.decorators import action
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from console import state
+from console import plans, state
 from console.api.errors import Unavailable
 from console.api.serializers import PlannerSerializer, RoleSerializer, WorkerSerializer
 from controlplane import domain
@@ -71,7 +71,9 @@ class WorkerViewSet(viewsets.ViewSet):
         wanted = PlannerSerializer(data=request.data)
         wanted.is_valid(raise_exception=True)
         mode = wanted.validated_data["mode"]
-        self._order(domain.PlannerOrdered(mode, request.user.get_username()))
+        by = request.user.get_username()
+        self._order(domain.PlannerOrdered(mode, by))
+        plans.note_mode(mode, by)
         return Response({"mode": mode}, status=202)
 
     def _views(self) -> tuple[domain.WorkerView, ...]:

@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('console', '0004_idempotency'),
+        ('console', '0005_file_expiry'),
     ]
 
     operations = [
