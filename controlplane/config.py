@@ -38,8 +38,10 @@ class ControlPlaneConfig:
     handoff_tokens_min: int = 128  # uncached tokens below which a prompt is never handed off
     transfer_setup_s: float = 0.02
     transfer_bytes_per_s: float = 200e6  # until a pair has been measured
+    transfer_stale_s: float = 60.0  # without news of a pair, until a prompt tries it
     transfer_weight: float = 0.2  # of one transfer in the pair's running rate
     transfer_timeout_s: float = 30.0  # beyond four times the predicted prefill
+    transfer_grace_s: float = 2.0  # beyond it for the decode worker to say that it gave up
     handoff_gain: float = 0.9  # transfer must cost less than this share of what it saves
     spill_share: float = 0.6  # local must be this much sooner when handoff misses its target
     sequences_max: int = 256  # online sequences on one worker

@@ -38,6 +38,7 @@ class Tracked:
     cause: Cause = "submitted"  # of the next decision
     recompute_s: float | None = None  # seconds a failed handoff took, until it is counted
     handoff_ready_at_s: float | None = None
+    handoff_due_at_s: float = 0.0  # when what is reserved for an open transfer is given back
     resumable_on: str = ""  # the lost worker that may come back with the sequence
     demotion: Demotion | None = None  # why it is in the surplus tier
     placed_at_s: float = 0.0

@@ -219,6 +219,9 @@ class Placer:
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
         if not request.slo.is_batch and tracked.epoch == 1:
             self._observe(request, found, now_s)
+        if found.threshold_tokens and found.uncached_tokens >= self._config.handoff_tokens_min:
+            pair = (placement.prefill_worker, placement.decode_worker)
+            self.rates.chosen(pair, placement.split == "handoff", now_s)
         self._dispatch(tracked, placement, found.uncached_tokens)
         self._count_move(tracked, found)
         record = decisions.placed(tracked, found, waited_s, now_s)
@@ -249,6 +252,7 @@ class Placer:
         assert address is not None, prefill.worker_id
         shown = self._registry.capability(request_id, epoch, prefill.worker_id, decode.worker_id)
         timeout_s = self._config.transfer_timeout_s + 4.0 * placement.predicted_ttft_s
+        tracked.handoff_due_at_s = tracked.placed_at_s + timeout_s + self._config.transfer_grace_s
         self.reserve(prefill, tracked, "prefill", uncached)
         self.reserve(decode, tracked, "decode", 0)
         self._commands += [

@@ -316,6 +316,15 @@ class Requests:
                     tracked.recompute_s = now_s - tracked.phase_at_s
                     self.mover.move(tracked, "", why, now_s)
 
+    def _expire_handoffs(self, now_s: float) -> None:
+        """KV that is reserved for a transfer is not reserved for ever: both sides give it back when
+        the decode worker, which gives up first, has not said how the transfer went."""
+        for tracked in list(self.tracked.values()):
+            if tracked.is_split_open and now_s >= tracked.handoff_due_at_s:
+                waited_s = now_s - tracked.placed_at_s
+                tracked.recompute_s = now_s - tracked.phase_at_s
+                self.mover.move(tracked, "", f"its KV was not there after {waited_s:.1f} s", now_s)
+
     def _on_refused(
         self, worker: Worker, tracked: Tracked, message: protocol.Rejected, now_s: float
     ) -> None:
@@ -354,7 +363,7 @@ class Requests:
             seconds = min(message.seconds, now_s - tracked.handoff_ready_at_s)
             per_token = worker.model(tracked.request.model_id).kv_bytes_per_token
             num_bytes = max(1, per_token * tracked.request.prompt_tokens)
-            self._placer.rates.observe(pair, num_bytes, seconds)
+            self._placer.rates.observe(pair, num_bytes, seconds, now_s)
         self._placer.prefixes.insert(placement.decode_worker, tracked.request.block_hashes)
         tracked.enter_phase("decode", now_s)
         self.decisions.moved(tracked.request_id, tracked.epoch, message.bytes, message.seconds)
@@ -416,6 +425,7 @@ class Requests:
             for model_id in sorted(models):
                 pool = [item for item in workers.values() if item.has_model(model_id)]
                 self._ejector.sweep(pool, now_s)
+            self._expire_handoffs(now_s)
         for worker in workers.values():
             worker.is_out = not worker.is_accepting(now_s, self._config) or (
                 worker.is_ejected(now_s)

@@ -199,11 +199,19 @@ def _with_split(
     threshold = threshold_tokens(
         local.worker,
         local.worker.num_online_decoding,
+        rates.setup_s(pair),
         per_token * rates.seconds_per_byte(pair),
+        rates.is_apart(local.worker.worker_id),
         config,
     )
     is_handoff, why = choose(
-        uncached, threshold, local.candidate, remote.candidate, ask.ttft_s_left, config
+        uncached,
+        threshold,
+        local.candidate,
+        remote.candidate,
+        ask.ttft_s_left,
+        rates.is_due(pair, ask.now_s),
+        config,
     )
     if not is_handoff:
         return _settle(ask, local, None, every, num_local, why, config, threshold)

@@ -226,7 +226,9 @@ def test_reservations_balance_to_zero():
 
 
 def candidate(worker_id: str, ttft_s: float) -> Candidate:
-    return Candidate(worker_id, "mixed", True, "", 0.0, ttft_s, 0.0, ttft_s, 0.05, 0, 100, 0.5)
+    return Candidate(
+        worker_id, "mixed", True, "", 0.0, ttft_s, 0.0, ttft_s, 0.05, 0, 100, 0.5, ttft_s
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def candidate(worker_id: str, ttft_s: float) -> Candidate:
 def test_threshold_weighs_the_transfer_against_the_rows_it_spares(
     rows, transfer_per_token_s, expected
 ):
-    found = threshold_tokens(make_worker(), rows, transfer_per_token_s, CONFIG)
+    found = threshold_tokens(make_worker(), rows, 0.02, transfer_per_token_s, False, CONFIG)
     assert found == pytest.approx(expected, abs=1)
 
 
@@ -251,15 +253,15 @@ def test_threshold_weighs_the_transfer_against_the_rows_it_spares(
     ("uncached", "local_s", "remote_s", "is_handoff"),
     [
         (127, 9.0, 0.1, False),
-        (128, 0.1, 3.9, True),  # both in time: spare the decode rows
+        (128, 0.1, 3.7, True),  # both in time: spare the decode rows
         (400, 2.0, 5.0, False),  # late, and local is much sooner
-        (400, 4.0, 5.0, False),  # late either way
+        (400, 3.7, 5.0, False),  # only local is in time
         (400, 9.0, 5.0, True),
     ],
 )
 def test_choice_between_local_and_handoff(uncached, local_s, remote_s, is_handoff):
     chosen, why = choose(
-        uncached, 128, candidate("w2", local_s), candidate("w1", remote_s), 4.0, CONFIG
+        uncached, 128, candidate("w2", local_s), candidate("w1", remote_s), 4.0, False, CONFIG
     )
     assert chosen is is_handoff
     assert str(uncached) in why
