@@ -46,7 +46,7 @@ class TransferRates:
     taken for the mean of the others, and before any is, for what the configuration says.
 
     Because a link that is taken for slow carries nothing and so is never measured, a prompt that
-    will be in time either way tries each pair now and then."""
+    will be in time either way, or late either way, tries each pair now and then."""
 
     config: ControlPlaneConfig
     _links: OrderedDict[Pair, _Link] = field(default_factory=OrderedDict)
@@ -168,9 +168,11 @@ def choose(
     is_remote_timely = remote.ttft_s_p99 <= limit_s
     if is_remote_timely and not is_local_timely and uncached_tokens >= config.handoff_tokens_min:
         return True, f"{uncached_tokens} uncached tokens are in time only when handed off: {times}"
+    # Late either way, it has nothing to lose.
+    may_try = is_remote_timely or not is_local_timely
+    if is_due and may_try and uncached_tokens >= config.handoff_tokens_min:
+        return True, f"{uncached_tokens} uncached tokens measure an unknown link: {times}"
     if uncached_tokens < threshold:
-        if is_due and is_remote_timely and uncached_tokens >= config.handoff_tokens_min:
-            return True, f"{uncached_tokens} uncached tokens measure an unknown link: {times}"
         return False, (
             f"{uncached_tokens} uncached tokens are below the handoff threshold of {threshold}"
             if threshold < TOKENS_NEVER

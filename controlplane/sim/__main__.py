@@ -27,6 +27,7 @@ from controlplane.sim import (
     routerbench,
     scenario,
     shrink,
+    split,
     swarm,
 )
 from controlplane.sim.steptable import NAMES, load
@@ -98,6 +99,12 @@ def run_ledger(options: argparse.Namespace) -> dict[str, object]:
 
 def run_deadlines(options: argparse.Namespace) -> dict[str, object]:
     return deadlines.run(range(1, options.seeds + 1), say, options.days)
+
+
+def run_split(options: argparse.Namespace) -> dict[str, object]:
+    setting = split.Setting(options.traces, options.calibration, split.PHASES, options.seconds)
+    compare = split.search if options.search else split.run
+    return compare(setting, options.processes, say)
 
 
 def run_swarm(options: argparse.Namespace) -> int:
@@ -181,6 +188,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("deadlines")
     command.add_argument("--seeds", type=int, default=3, help="pairs of so many days")
     command.add_argument("--days", type=int, default=deadlines.DAYS)
+    command = commands.add_parser("split", help="the planner against every fixed split")
+    command.add_argument("--traces", default="", help="folder of the Parquet files")
+    command.add_argument("--calibration", default="", help="its file; empty: packaged step times")
+    command.add_argument("--seconds", type=float, default=1_200.0, help="virtual, of each phase")
+    command.add_argument("--processes", type=int, default=2)
+    command.add_argument("--search", action="store_true", help="find the factors of the phases")
     command = commands.add_parser("swarm")
     command.add_argument("--seeds", type=int, default=200)
     command.add_argument("--first", type=int, default=0, help="the first seed")
@@ -199,6 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         "coserve": run_coserve,
         "latency": run_latency,
         "router": run_router,
+        "split": run_split,
         "ledger": run_ledger,
         "deadlines": run_deadlines,
     }

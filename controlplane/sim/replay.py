@@ -14,7 +14,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.plane import ControlPlane
 from controlplane.sim.events import Events
 from controlplane.sim.hardware import Hardware
-from controlplane.sim.replayworker import ReplaySequence, ReplayWorker
+from controlplane.sim.replayworker import Key, ReplaySequence, ReplayWorker
 from controlplane.sim.traces import TraceRequest
 
 TICK_S = 0.1
@@ -31,12 +31,16 @@ class Client:
     """How a trace's requests become ours."""
 
     slo_of: Callable[[TraceRequest], domain.SLOClass]
-    output_tokens_max: int  # what every request allows; its true length is nobody's to know
+    output_tokens_max: int  # what a request allows; its true length is nobody's to know
     tenants: Sequence[str] = ("tenant",)  # users of the trace are spread over them
     retries_max: int = 0  # times that a refused request comes back, when it was told to
+    tokens_max_of: Callable[[TraceRequest], int] | None = None  # where they allow different ones
 
     def tenant_of(self, index: int) -> str:
         return self.tenants[index % len(self.tenants)]
+
+    def tokens_max(self, row: TraceRequest) -> int:
+        return self.tokens_max_of(row) if self.tokens_max_of else self.output_tokens_max
 
 
 @dataclass(slots=True)
@@ -91,6 +95,15 @@ class _Stream:
     decode_at: "Member | None" = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A prompt's KV that its decode worker has got."""
+
+    key: Key
+    num_bytes: int
+    ready_at_s: float  # when its prompt was computed
+
+
 @dataclass(slots=True)
 class Member:
     """A worker process with its link."""
@@ -101,6 +114,7 @@ class Member:
     epoch: int = 0
     reported_at_s: float = 0.0
     link_free_at_s: float = 0.0  # its KV leaves one transfer after the other
+    arrived: list["_Arrival"] = field(default_factory=list)  # KV that no step has used yet
 
 
 @dataclass(slots=True)
@@ -195,7 +209,7 @@ class Replay:
             model_id=MODEL_ID,
             slo=slo,
             prompt_tokens=row.prompt_tokens,
-            output_tokens_max=self.client.output_tokens_max,
+            output_tokens_max=self.client.tokens_max(row),
             block_hashes=row.block_names(self.config.prefix_block_tokens),
             arrived_at_s=now_s,
             tenant_concurrency_max=1 << 30,
@@ -350,7 +364,23 @@ class Replay:
         if member.worker.plan is None:
             seconds = member.worker.start_step(self.events.now_s)
             if seconds is not None:
+                self._begin(member)
                 self.events.after(seconds, partial(self._step_done, member, seconds))
+
+    def _begin(self, member: Member) -> None:
+        """The first step with KV from a peer: only now does the client get the first id, so that
+        the next one follows after one step (console/fleet.py)."""
+        now_s, arrived = self.events.now_s, member.arrived
+        member.arrived = []
+        for item in arrived:
+            sequence = member.worker.held.get(item.key)
+            if sequence is None:
+                continue  # cancelled meanwhile
+            sequence.last_token_at_s = now_s
+            seconds = now_s - item.ready_at_s
+            done = protocol.HandoffDone(*item.key, 1, item.num_bytes, seconds)
+            self._to_plane(member, done)
+            self._later(partial(self._first_token, sequence))
 
     def _step_done(self, member: Member, seconds: float) -> None:
         now_s = self.events.now_s
@@ -370,7 +400,8 @@ class Replay:
     ) -> None:
         """A step's report reaches the console: ids to the clients, then the load to the plane."""
         for sequence in started:
-            self._first_token(sequence)
+            if sequence.stage != "prefill" or not sequence.left_tokens:
+                self._first_token(sequence)
         for sequence in ended:
             self._ended(sequence)
         self.handle(domain.WorkerMessage(member.worker_id, member.epoch, load))
@@ -429,6 +460,5 @@ class Replay:
         fresh = sequence.output_tokens - sequence.delivered_tokens
         target.worker.install(sequence.key, fresh, sequence.last_token_at_s)
         source.worker.drop(sequence.key)
-        seconds = self.events.now_s - ready_at_s
-        self._to_plane(target, protocol.HandoffDone(*sequence.key, 1, num_bytes, seconds))
+        target.arrived.append(_Arrival(sequence.key, num_bytes, ready_at_s))
         self._step(target)

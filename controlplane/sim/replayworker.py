@@ -7,6 +7,7 @@ sequence, and nothing that decides may read it.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from math import ceil
 from typing import NamedTuple
 
 from controlplane import protocol
@@ -16,6 +17,7 @@ from gpuworkers import blocks, scheduler
 from gpuworkers.sequence import Sequence
 
 Key = tuple[str, int]
+GAP_MS_MAX = 1000  # longer ones count as this
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +53,7 @@ class ReplayWorker:
         self.started_at_s = 0.0
         self.num_steps = 0
         self.busy_s = 0.0  # of all its steps
+        self.gaps = [0] * (GAP_MS_MAX + 1)  # between two ids of one request, by ms rounded up
         self._table, self._noise = hardware.table, hardware.noise(seed)
         self._predicted_s = self._measured_s = self._reported_busy_s = 0.0
 
@@ -141,8 +144,11 @@ class ReplayWorker:
         sequence.left_tokens -= 1
         if last_s is None:
             end.started.append(sequence)
-        elif now_s - last_s > sequence.gap_s_max:
-            sequence.gap_s_max = now_s - last_s
+        else:
+            gap_s = now_s - last_s
+            self.gaps[min(GAP_MS_MAX, ceil(1000.0 * gap_s))] += 1
+            if gap_s > sequence.gap_s_max:
+                sequence.gap_s_max = gap_s
         if not sequence.left_tokens:
             end.ended.append(sequence)
             self._free(sequence)

@@ -92,6 +92,16 @@ def test_a_short_prompt_measures_a_link_that_is_taken_for_slow_and_long_ones_fol
     assert placement(rig.submit("more", prompt_tokens=600)).split == "handoff"
 
 
+def test_a_prompt_that_is_late_either_way_measures_an_unknown_link():
+    rig = Rig(transfer_bytes_per_s=1e5)
+    for role in ("prefill", "decode"):
+        rig.join(role)
+    assert placement(rig.submit("timely", prompt_tokens=600)).split == "local"
+    rig.finish("timely")
+    assert placement(rig.submit("late", prompt_tokens=1900)).split == "handoff"
+    assert "measure an unknown link" in rig.plane.explain("late").records[0].split_reason
+
+
 def test_the_decode_side_reserves_what_it_will_hold_and_gives_it_back_once():
     rig = Rig()
     rig.join("prefill")
