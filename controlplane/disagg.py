@@ -158,28 +158,36 @@ def choose(
     config: ControlPlaneConfig,
 ) -> tuple[bool, str]:
     """Whether to hand off, and the sentence that says why. In time means at p99; `is_due`: the
-    link should be tried."""
+    link should be tried, by a prompt that has nothing to lose."""
     times = (
         f"TTFT {remote.ttft_s * 1000.0:.0f} ms by {remote.worker_id},"
         f" {local.ttft_s * 1000.0:.0f} ms locally, target {ttft_s_left * 1000.0:.0f} ms"
     )
+    if uncached_tokens < config.handoff_tokens_min:
+        return False, (
+            f"{uncached_tokens} uncached tokens are below the handoff threshold of {threshold}"
+        )
     limit_s = (1.0 - config.late_margin) * ttft_s_left
     is_local_timely = local.ttft_s_p99 <= limit_s
     is_remote_timely = remote.ttft_s_p99 <= limit_s
-    if is_remote_timely and not is_local_timely and uncached_tokens >= config.handoff_tokens_min:
+    if is_remote_timely and not is_local_timely:
         return True, f"{uncached_tokens} uncached tokens are in time only when handed off: {times}"
-    # Late either way, it has nothing to lose.
-    may_try = is_remote_timely or not is_local_timely
-    if is_due and may_try and uncached_tokens >= config.handoff_tokens_min:
+    is_local_sooner = local.ttft_s < config.spill_share * remote.ttft_s
+    is_dear = uncached_tokens < threshold
+    if not is_dear and (is_remote_timely or not (is_local_timely or is_local_sooner)):
+        return (
+            True,
+            f"{uncached_tokens} uncached tokens reach the threshold of {threshold}: {times}",
+        )
+    if is_due and is_remote_timely == is_local_timely:
         return True, f"{uncached_tokens} uncached tokens measure an unknown link: {times}"
-    if uncached_tokens < threshold:
+    if not is_dear:
+        return False, f"{uncached_tokens} uncached tokens stay local: {times}"
+    if threshold < TOKENS_NEVER:
         return False, (
             f"{uncached_tokens} uncached tokens are below the handoff threshold of {threshold}"
-            if threshold < TOKENS_NEVER
-            else f"{uncached_tokens} uncached tokens: a transfer from {remote.worker_id} costs more"
-            " than it saves"
         )
-    is_local_sooner = local.ttft_s < config.spill_share * remote.ttft_s
-    if not is_remote_timely and (is_local_timely or is_local_sooner):
-        return False, f"{uncached_tokens} uncached tokens stay local: {times}"
-    return True, f"{uncached_tokens} uncached tokens reach the threshold of {threshold}: {times}"
+    return False, (
+        f"{uncached_tokens} uncached tokens: a transfer from {remote.worker_id} costs more than it"
+        " saves"
+    )
