@@ -18,12 +18,14 @@ from console import jointokens
 from console.fleetrecords import FleetRecords
 from console.gateway import LiveRequest, Tokens
 from console.live import LiveStats
+from console.localfleet import LocalFleet
 from console.metrics import Metrics
 from console.transport import CLOSE_POLICY, WorkerLink
 from console.writer import FactWriter
 from controlplane import domain, protocol
 from controlplane.contracts import Preview
 from controlplane.decisions import Explanation
+from controlplane.errors import ConfigError
 from controlplane.ledger import AccountView, RateView
 from controlplane.plane import ControlPlane
 
@@ -58,6 +60,7 @@ class Fleet:
         uniform: Callable[[], float] = random.random,
     ) -> None:
         self.requests: dict[str, LiveRequest] = {}
+        self.backend: LocalFleet | None = None  # starts and stops workers for the plan
         self.live: LiveStats | None = None  # set once by serve: LiveStats reads this fleet's view
         self.num_ticks = 0
         self._plane = plane
@@ -305,10 +308,42 @@ class Fleet:
                 self._send(worker_id, protocol.SetPolicy(policy))
             case domain.SendDrain(worker_id):
                 self._send(worker_id, protocol.Drain())
+            case domain.SendUnload(worker_id, model_id):
+                self._send(worker_id, protocol.UnloadModel(model_id))
+            case domain.SendLoad(worker_id, model_id):
+                self._send(worker_id, protocol.LoadModel(model_id))
+            case domain.StartWorker() | domain.StopWorker() | domain.DrainWorker():
+                self._size_fleet(command)
             case domain.PlanChanged():
                 self._records.plan(command)
             case _:
                 self._tell_request(command)
+
+    def _size_fleet(
+        self, command: domain.StartWorker | domain.StopWorker | domain.DrainWorker
+    ) -> None:
+        """The plan gives these only when a backend was offered."""
+        assert self.backend is not None, command
+        match command:
+            case domain.StartWorker(name, role, model_id):
+                try:
+                    self.backend.start(name, role, model_id)
+                except (ConfigError, OSError) as error:
+                    self.start_failed(name, str(error))
+            case domain.DrainWorker(name):
+                self.backend.drain(name)
+            case domain.StopWorker(name):
+                self.backend.stop(name)
+
+    def offer(self, backend: LocalFleet) -> None:
+        """From now on the plan says how many workers run."""
+        self.backend = backend
+        self.handle(backend.offer())
+
+    def start_failed(self, name: str, reason: str) -> None:
+        """A worker process will not join, or not again."""
+        logger.warning("worker will not start name=%s reason=%s", name, reason)
+        self.handle(domain.StartFailed(name, reason))
 
     def _greet(self, connection_id: str, message: protocol.Welcome | protocol.Refused) -> None:
         connection = self._connections.get(connection_id)

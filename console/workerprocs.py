@@ -10,10 +10,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from controlplane.errors import ConfigError
 from controlplane.protocol import Role
@@ -54,6 +54,7 @@ class WorkerSpec:
     nice: int = 0
     device: str = "cpu"
     name: str = ""  # before the number in the worker's name; default: the role
+    loadable: tuple[str, ...] = ()  # models it can load instead: ids (fake) or id=folder (native)
 
     def options(self) -> list[str]:
         pairs = {
@@ -69,6 +70,7 @@ class WorkerSpec:
             "--kv-tokens": str(self.kv_tokens),
             "--threads": str(self.threads),
             "--nice": str(self.nice),
+            "--loadable": ",".join(self.loadable),
         }
         return [word for pair in pairs.items() if pair[1] for word in pair]
 
@@ -111,44 +113,75 @@ class WorkerProcs:
         logs_dir: Path,
         environ: Mapping[str, str],
         restart: bool = True,
+        ended: Callable[[str, str], None] = lambda name, reason: None,
     ) -> None:
+        """`ended` hears of a process that will not be started again, and why."""
         self._specs = specs
         self._join_url = join_url  # asked at each start: the port is known once the server listens
         self._mint_token = mint_token
         self._logs_dir = logs_dir
         self._environ = {key: environ[key] for key in ENVIRONMENT if key in environ}
         self._restart = restart
+        self._ended = ended
         self._procs: dict[str, _Proc] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Starts a process for each spec and keeps it running."""
         for spec in self._specs:
             self.add(spec)
 
-    def add(self, spec: WorkerSpec) -> str:
+    def add(self, spec: WorkerSpec, name: str = "") -> str:
         """Starts one more and returns its name. Raises ConfigError at WORKERS_MAX."""
         if len(self._procs) >= WORKERS_MAX:
             raise ConfigError(f"{WORKERS_MAX} worker processes run already")
-        same = sum(
-            (proc.spec.name, proc.spec.role) == (spec.name, spec.role)
-            for proc in self._procs.values()
-        )
-        name = f"{spec.name or spec.role}-{same + 1}"
+        if not name:
+            same = sum(
+                (proc.spec.name, proc.spec.role) == (spec.name, spec.role)
+                for proc in self._procs.values()
+            )
+            name = f"{spec.name or spec.role}-{same + 1}"
+        assert name not in self._procs, f"two workers {name}"
         proc = _Proc(name, spec, self._logs_dir / f"worker-{name}.log")
         self._procs[name] = proc
-        self._tasks.append(asyncio.get_running_loop().create_task(self._keep(proc)))
+        self._begin(self._keep(proc))
         return name
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def leave(self, name: str) -> None:
+        """Do not start it again once it has ended; an unknown name is gone already."""
+        if proc := self._procs.get(name):
+            proc.is_leaving = True
+
+    def remove(self, name: str, grace_s: float) -> None:
+        """Ends a process: SIGTERM now, SIGKILL after grace_s; an unknown name is gone already."""
+        if proc := self._procs.get(name):
+            proc.is_leaving = True
+            self._begin(self._end(proc, grace_s))
+
+    async def _end(self, proc: "_Proc", grace_s: float) -> None:
+        """`_keep` forgets the process when it is gone."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + grace_s
+        proc.signal(signal.SIGTERM)
+        while proc.is_alive() and loop.time() < deadline_s:
+            await asyncio.sleep(POLL_S / 2)
+        proc.kill()
 
     def views(self) -> list[ProcView]:
         return [proc.view() for proc in self._procs.values()]
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM to all, SIGKILL to those still there after grace_s."""
-        for task in self._tasks:
+        tasks = set(self._tasks)
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + grace_s
         for proc in self._procs.values():
@@ -180,11 +213,18 @@ class WorkerProcs:
                 "worker ended name=%s code=%s lived_s=%.1f log=%s last=%s",
                 proc.name, code, lived_s, proc.log_path, " | ".join(proc.last_lines),
             )  # fmt: skip
+            if proc.is_leaving:
+                del self._procs[proc.name]
+                return
             if not self._restart or code in EXIT_FOR_GOOD:
+                self._ended(proc.name, f"exit code {code}: {' '.join(proc.last_lines[-1:])}")
                 return
             failures = 0 if lived_s >= STEADY_S else failures + 1
             proc.state = "waiting"
             await asyncio.sleep(min(RESTART_S_MAX, RESTART_S_MIN * 2**failures))
+            if proc.is_leaving:
+                del self._procs[proc.name]
+                return
             proc.restarts += 1
 
 
@@ -197,6 +237,7 @@ class _Proc:
         self.log_path = log_path
         self.state: ProcState = "starting"
         self.restarts = 0
+        self.is_leaving = False  # it is not started again
         self.last_lines: tuple[str, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
 

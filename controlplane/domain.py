@@ -474,6 +474,13 @@ class StartWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """The worker of this name drains for good: it must not be started again when it ends."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopWorker:
     """End the worker process of this name: it is drained, or never joined."""
 
@@ -538,6 +545,7 @@ Command = (
     | SendUnload
     | SendLoad
     | StartWorker
+    | DrainWorker
     | StopWorker
     | Decided
     | PlanChanged

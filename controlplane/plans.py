@@ -155,6 +155,7 @@ class Plans:
             self._commands.append(domain.StartWorker(change.name, change.role, change.model_id))
         else:
             self._sizer.draining(change.worker)
+            self._commands.append(domain.DrainWorker(change.worker.hello.name))
             self._drain(change.worker)
 
     def _shadow(self, plan: PlanChanged) -> None:

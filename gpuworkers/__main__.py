@@ -6,6 +6,7 @@ Exit codes: 0 after SIGTERM or when the parent is gone, 2 for a wrong setting or
 
 import asyncio
 import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -14,14 +15,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from controlplane import protocol
 from controlplane.errors import SlackwaterError
 from controlplane.latency import LatencyModel
 from gpuworkers import config, driver, modelfile
 from gpuworkers.config import WorkerConfig
 from gpuworkers.engine import Engine, EngineConfig
 from gpuworkers.link import JoinRefused
+from gpuworkers.modelswap import Loaded, Models
 from gpuworkers.server import Worker, WorkerFacts
 
 EXIT_FAILED, EXIT_PERMANENT, EXIT_REFUSED = 1, 2, 3
@@ -47,37 +53,65 @@ def follow_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A loaded model, what it runs on, and the question for the device's load."""
+
+    loaded: Loaded
+    device: protocol.DeviceFacts
+    device_load: Callable[[], protocol.DeviceLoad | None]
+    settings: EngineConfig
+
+
+def load_parts(worker: WorkerConfig, model_id: str, folder: Path | None) -> Parts:
+    """One model on the worker's device. The module is chosen by name, so that a modelled worker
+    does not load torch. Raises SlackwaterError."""
+    settings, device_load = EngineConfig(), no_load
+    if worker.engine == "fake":
+        fake = importlib.import_module("gpuworkers.fake")
+        parts = fake.load(worker.profile, model_id, worker.kv_tokens)
+    elif worker.device == "cpu":
+        runner = importlib.import_module("gpuworkers.runner")
+        parts = runner.load(
+            folder, model_id, worker.dtype, worker.numerics, worker.kv_tokens, worker.threads
+        )
+    else:
+        cudarunner = importlib.import_module("gpuworkers.cudarunner")
+        parts, device_load = cudarunner.load(folder, model_id, worker.device, worker.kv_tokens)
+        settings = EngineConfig(host_blocks_ratio=cudarunner.HOST_BLOCKS_RATIO)
+    model_runner, model, device, step_model = parts
+    return Parts(Loaded(model_runner, model, step_model), device, device_load, settings)
+
+
 def load_engines(worker: WorkerConfig) -> list[tuple[Engine, Any, Any]]:
-    """Each worker's engine, device facts and question for the device's load. The module is chosen
-    by name, so that a modelled worker does not load torch."""
+    """Each worker's engine, device facts and question for the device's load."""
     engines = []
     for _ in range(worker.count):
-        settings = EngineConfig()
+        parts = load_parts(worker, worker.model_id, worker.model_dir)
+        loaded = parts.loaded
+        engine = Engine(loaded.runner, parts.settings, loaded.step_model, loaded.model, worker.role)
+        engines.append((engine, parts.device, parts.device_load))
+    return engines
+
+
+def loadable_models(worker: WorkerConfig) -> Models | None:
+    """What the worker can load, its first model among them; None: nothing else."""
+    if not worker.loadable:
+        return None
+    folders = {worker.model_id: worker.model_dir, **dict(worker.loadable)}
+
+    async def load(model_id: str) -> Loaded:
         if worker.engine == "fake":
             fake = importlib.import_module("gpuworkers.fake")
-            parts = fake.load(worker.profile, worker.model_id, worker.kv_tokens)
-            device_load = no_load
-        elif worker.device == "cpu":
-            runner = importlib.import_module("gpuworkers.runner")
-            parts = runner.load(
-                worker.model_dir,
-                worker.model_id,
-                worker.dtype,
-                worker.numerics,
-                worker.kv_tokens,
-                worker.threads,
-            )
-            device_load = no_load
-        else:
-            cudarunner = importlib.import_module("gpuworkers.cudarunner")
-            parts, device_load = cudarunner.load(
-                worker.model_dir, worker.model_id, worker.device, worker.kv_tokens
-            )
-            settings = EngineConfig(host_blocks_ratio=cudarunner.HOST_BLOCKS_RATIO)
-        model_runner, model, device, step_model = parts
-        engine = Engine(model_runner, settings, step_model, model, worker.role)
-        engines.append((engine, device, device_load))
-    return engines
+            await asyncio.sleep(fake.PROFILES[worker.profile].load_s)
+            return load_parts(worker, model_id, None).loaded
+        gc.collect()  # the former model's arrays
+        parts = await asyncio.to_thread(load_parts, worker, model_id, folders[model_id])
+        loaded = parts.loaded
+        modelfile.restore(loaded.step_model, model_id, device_name(worker, parts.device))
+        return loaded
+
+    return Models(tuple(folders), load)
 
 
 def no_load() -> None:
@@ -91,18 +125,21 @@ def learned_models(
     if worker.engine == "fake":
         return []
     return [
-        (
-            engine.step_model,
-            engine.model.model_id,
-            f"{device.name} {device.dtype} {worker.numerics}",
-        )
+        (engine.step_model, engine.model.model_id, device_name(worker, device))
         for engine, device, _ in engines
+        if engine.model is not None
     ]
+
+
+def device_name(worker: WorkerConfig, device: protocol.DeviceFacts) -> str:
+    """What step times depend on beside the model."""
+    return f"{device.name} {device.dtype} {worker.numerics}"
 
 
 async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any, Any]]) -> None:
     """Runs the workers until a signal. Raises JoinRefused, or what broke an engine."""
     loop = asyncio.get_running_loop()
+    models = loadable_models(worker)
     make = driver.TaskDriver if worker.engine == "fake" else driver.ThreadDriver
     workers = [
         Worker(
@@ -114,6 +151,7 @@ async def serve(worker: WorkerConfig, engines: list[tuple[Engine, Any, Any]]) ->
                 device,
                 worker.handoff_bind,
                 device_load,
+                models,
             ),
             engine,
             lambda engine, report: make(engine, loop.time, report),
@@ -150,12 +188,11 @@ def main(argv: list[str]) -> int:
             follow_parent(worker.parent_pid)
         os.nice(worker.nice)
         engines = load_engines(worker)
-        kept = learned_models(worker, engines)
-        for step_model, model_id, device_name in kept:
-            modelfile.restore(step_model, model_id, device_name)
+        for step_model, model_id, device in learned_models(worker, engines):
+            modelfile.restore(step_model, model_id, device)
         asyncio.run(serve(worker, engines))
-        for step_model, model_id, device_name in kept:
-            modelfile.save(step_model, model_id, device_name)
+        for step_model, model_id, device in learned_models(worker, engines):
+            modelfile.save(step_model, model_id, device)
     except JoinRefused as refused:
         print(f"refused: {refused.reason}", file=sys.stderr, flush=True)
         return EXIT_REFUSED

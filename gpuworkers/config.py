@@ -20,6 +20,7 @@ TOKEN_VARIABLE = "SLACKWATER_JOIN_TOKEN"  # preferred to --token, which `ps` sho
 WORKERS_MAX = 512  # modelled workers of one process
 THREADS_MAX = 256
 KV_TOKENS_MAX = 1 << 26
+LOADABLE_MAX = 16
 DEVICE = re.compile(r"cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MODELLED_MODEL_ID = "modelled-8b"
@@ -46,6 +47,7 @@ class WorkerConfig:
     nice: int
     handoff_bind: str
     parent_pid: int | None
+    loadable: tuple[tuple[str, Path | None], ...] = ()  # other models: id and, if native, folder
 
     def worker_name(self, index: int) -> str:
         return self.name if self.count == 1 else f"{self.name}-{index + 1}"
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="DIR", help="folder with model.safetensors, config.json, tokenizer.json")
     add("--model-id", help="name that requests use (default: the folder's name)")
     add("--name", help="shown in the console (default: host and role)")
+    add("--loadable", default="", metavar="ID[=DIR],…", help="models it can load instead")
     add("--count", type=int, default=1, help="modelled workers in this process (fake engine)")
     add("--profile", default="h200-8b", help="step times of the fake engine")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
@@ -106,6 +109,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> WorkerConfig:
         nice=options.nice,
         handoff_bind=options.handoff_bind,
         parent_pid=options.exit_with_parent,
+        loadable=tuple(
+            (name, Path(folder) if folder else None)
+            for name, _, folder in (
+                part.partition("=") for part in options.loadable.split(",") if part
+            )
+        ),
     )
     _check(config)
     return config
@@ -123,6 +132,12 @@ def _check(config: WorkerConfig) -> None:
     _need(NAME.fullmatch(config.name) is not None, "--name", config.name, NAME.pattern)
     if len(config.tokens) not in (1, config.count):
         raise ConfigError(f"{len(config.tokens)} join tokens for --count {config.count}")
+    _need(len(config.loadable) <= LOADABLE_MAX, "--loadable", len(config.loadable), "16 models")
+    for name, folder in config.loadable:
+        is_found = folder is not None and folder.is_dir()
+        is_right = is_found if config.engine == "native" else folder is None
+        expected = "ID=DIR, DIR a model folder" if config.engine == "native" else "ids"
+        _need(bool(name) and is_right, "--loadable", f"{name}={folder or ''}", expected)
     if config.engine == "native":
         _need(config.count == 1, "--count", config.count, "1 with --engine native")
         is_device = DEVICE.fullmatch(config.device) is not None

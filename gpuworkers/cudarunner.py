@@ -35,6 +35,7 @@ def load(
     kv_tokens 0 takes what the device has room for. Raises ConfigError where the device cannot be
     used or the model does not fit, ModelError for an unusable folder, DeviceFailed."""
     gpu = open_gpu(device, torch.cuda, library("pynvml"))
+    torch.cuda.empty_cache()  # of a model that this process has unloaded; nothing at the start
     ops = gpumodel.cuda_ops(device)
     folder = Path(model_dir)
     config = read_config(folder)

@@ -88,15 +88,10 @@ class Engine:
         model: protocol.ModelFacts,
         role: protocol.Role,
     ) -> None:
-        self.runner = runner
         self.config = config
-        self.step_model = step_model
-        self.model = model
         self.role = role
         self.is_draining = False
-        host_blocks_max = int(runner.kv.num_blocks * config.host_blocks_ratio)
-        self._kv = Reservations(runner.kv, config.batch_reserve_ratio, host_blocks_max)
-        self.pool = self._kv.pool
+        self._place(runner, step_model, model)
         self._sequences: dict[Key, Sequence] = {}  # online in order of arrival, batch in turn
         self._epochs: dict[str, int] = {}
         self._ended = EndedSequences(config.finished_kept_max)
@@ -104,6 +99,29 @@ class Engine:
         self._meter = LoadMeter()
         self._online_arrival_s = -math.inf
         self.layer_listener: LayerListener | None = None  # set once by the worker
+
+    # --- models
+
+    def _place(
+        self, runner: Runner, step_model: LatencyModel, model: protocol.ModelFacts | None
+    ) -> None:
+        self.runner = runner
+        self.step_model = step_model
+        self.model = model
+        host_blocks_max = int(runner.kv.num_blocks * self.config.host_blocks_ratio)
+        self._kv = Reservations(runner.kv, self.config.batch_reserve_ratio, host_blocks_max)
+        self.pool = self._kv.pool
+
+    def change_model(
+        self, runner: Runner, step_model: LatencyModel, model: protocol.ModelFacts | None
+    ) -> str:
+        """Serve another model, or none; why that cannot be now, else an empty string. What the
+        former runner held is free when its caller holds it no more."""
+        if self._sequences or self._reports:
+            return f"{len(self._sequences)} sequences are in hand"
+        self._kv.check_integrity(())
+        self._place(runner, step_model, model)
+        return ""
 
     # --- assignments
 
@@ -143,7 +161,7 @@ class Engine:
     def _refusal(self, message: protocol.Assign, sequence: Sequence) -> str | None:
         if self.is_draining:
             return "draining"
-        if message.model_id != self.model.model_id:
+        if self.model is None or message.model_id != self.model.model_id:
             return "unknown_model"
         if message.sampling.grammar and not self.runner.can_guide:
             return "no_grammar"

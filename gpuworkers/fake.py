@@ -38,6 +38,7 @@ class Profile:
     num_blocks: int
     max_model_len: int
     kv_bytes_per_token: int
+    load_s: float  # weights into memory and whatever is captured then; start values
 
 
 PROFILES = {
@@ -51,6 +52,7 @@ PROFILES = {
         num_blocks=12_800,
         max_model_len=131_072,
         kv_bytes_per_token=131_072,
+        load_s=8.0,  # 16 GB at 2 GB/s
     ),
     "cpu-fast": Profile(  # for tests: quick, and small enough to fill
         protocol.DeviceFacts("modelled", "CPU (modelled)", 1 << 30, 0, "fp32"),
@@ -59,6 +61,7 @@ PROFILES = {
         num_blocks=1024,
         max_model_len=8192,
         kv_bytes_per_token=1024,
+        load_s=0.2,
     ),
 }
 

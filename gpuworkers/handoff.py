@@ -55,6 +55,11 @@ class HandoffServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
+    def serve_from(self, kv: KVStore) -> None:
+        """Another model's KV; no transfer outlives the former one's."""
+        self.revoke_all()
+        self._kv = kv
+
     async def start(self, host: str) -> str:
         """Listens on a free port of one interface; returns host:port for peers."""
         self._server = await asyncio.start_server(self._accepted, host, 0)

@@ -9,16 +9,18 @@ import asyncio
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from controlplane import protocol
 from controlplane.errors import ProtocolError, SlackwaterError
+from controlplane.latency import LatencyModel
 from gpuworkers import handoff, handofffetch, handoffwire
 from gpuworkers.driver import Driver, Turn, call
-from gpuworkers.engine import Engine, Key
+from gpuworkers.engine import Engine, Key, Runner
 from gpuworkers.handoffcarrier import Segments
 from gpuworkers.heartbeat import Heart
 from gpuworkers.link import Link
+from gpuworkers.modelswap import Models, NoRunner
 
 ENGINE_VERSION = "0.1.0"
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class WorkerFacts:
     device: protocol.DeviceFacts
     handoff_bind: str
     device_load: Callable[[], protocol.DeviceLoad | None] = lambda: None
+    models: Models | None = None  # that it can load instead of the one it starts with
 
 
 MakeDriver = Callable[[Engine, Callable[[Turn], None]], Driver]
@@ -63,6 +66,8 @@ class Worker:
         self._is_drained_told = False
         self._arriving: dict[str, int] = {}  # request id -> epoch of a `decode` assignment
         self._fetches: dict[str, asyncio.Task[None]] = {}  # of those, by request id
+        self._change: asyncio.Task[None] | None = None  # of the model
+        self._changing_to = ""
 
     async def run(self) -> None:
         """Until `stop`. Raises JoinRefused, or what broke the engine."""
@@ -81,9 +86,11 @@ class Worker:
                 self._driver.failed.result()
             await link
         finally:
-            for task in (link, heart, *self._fetches.values()):
+            tasks = [link, heart, *self._fetches.values()]
+            tasks += [self._change] if self._change is not None else []
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait([link, heart, *self._fetches.values()])
+            await asyncio.wait(tasks)
             await self._handoffs.close()
             await self._driver.stop()
 
@@ -105,12 +112,13 @@ class Worker:
             engine_version=ENGINE_VERSION,
             role=engine.role,
             device=facts.device,
-            models=[engine.model],
+            models=[] if engine.model is None else [engine.model],
             block_tokens=engine.pool.block_tokens,
             num_blocks=engine.pool.num_blocks,
             step_model=engine.step_model.coefficients(),
             handoff_address=self._address,
             sequences=engine.live_sequences(),
+            loadable=list(facts.models.model_ids) if facts.models else [],
         )
 
     def welcomed(self, welcome: protocol.Welcome, is_new: bool) -> None:
@@ -148,6 +156,10 @@ class Worker:
                 self._driver.post(functools.partial(engine.set_role, role))
             case protocol.SetPolicy(policy=policy):
                 self._driver.post(functools.partial(self._take_policy, policy))
+            case protocol.UnloadModel(model_id=model_id):
+                self._change_model(model_id, "", self._unload(model_id))
+            case protocol.LoadModel(model_id=model_id):
+                self._change_model(model_id, model_id, self._load(model_id))
             case protocol.Drain():
                 self._driver.post(engine.drain)
             case _:
@@ -155,6 +167,78 @@ class Worker:
 
     def _take_policy(self, policy: protocol.Policy) -> None:
         self._engine.config = dataclasses.replace(self._engine.config, policy=policy)
+
+    # --- models
+
+    def _change_model(
+        self, model_id: str, target: str, change: Coroutine[None, None, protocol.FromWorker]
+    ) -> None:
+        """One change at a time; the same order again, after a reconnect, is the one under way."""
+        is_changing = self._change is not None and not self._change.done()
+        if is_changing:
+            change.close()
+            if self._changing_to != target or not target:
+                why = "another change of model is under way"
+                self._link.post(protocol.ModelRefused(model_id, why))
+            return
+        self._changing_to = target
+        self._change = self._loop.create_task(self._tell(change))
+
+    async def _tell(self, change: Coroutine[None, None, protocol.FromWorker]) -> None:
+        answer = await change
+        if isinstance(answer, protocol.ModelRefused):
+            logger.warning("model refused model=%s reason=%s", answer.model_id, answer.reason)
+        self._link.post(answer)
+
+    async def _unload(self, model_id: str) -> protocol.FromWorker:
+        engine, begun_at_s = self._engine, self._loop.time()
+        if engine.model is None or engine.model.model_id != model_id:
+            return protocol.ModelRefused(model_id, "this worker does not serve it")
+        if self._facts.models is None:
+            return protocol.ModelRefused(model_id, "this worker can load no other model")
+        runner = NoRunner(engine.pool.block_tokens)
+        return await self._placed(model_id, runner, engine.step_model, None, begun_at_s)
+
+    async def _load(self, model_id: str) -> protocol.FromWorker:
+        engine, models, begun_at_s = self._engine, self._facts.models, self._loop.time()
+        if models is None or model_id not in models.model_ids:
+            return protocol.ModelRefused(model_id, "this worker cannot load it")
+        if engine.model is not None and engine.model.model_id != model_id:
+            return protocol.ModelRefused(model_id, f"{engine.model.model_id} is loaded")
+        if engine.model is not None:
+            return self._models_changed(0.0)
+        try:
+            loaded = await models.load(model_id)
+        except SlackwaterError as error:
+            return protocol.ModelRefused(model_id, str(error))
+        return await self._placed(
+            model_id, loaded.runner, loaded.step_model, loaded.model, begun_at_s
+        )
+
+    async def _placed(
+        self,
+        model_id: str,
+        runner: Runner,
+        step_model: LatencyModel,
+        model: protocol.ModelFacts | None,
+        begun_at_s: float,
+    ) -> protocol.FromWorker:
+        """Between two steps."""
+        change = functools.partial(self._engine.change_model, runner, step_model, model)
+        if why := await call(self._driver, change):
+            return protocol.ModelRefused(model_id, why)
+        self._handoffs.serve_from(runner.kv)
+        return self._models_changed(self._loop.time() - begun_at_s)
+
+    def _models_changed(self, seconds: float) -> protocol.ModelsChanged:
+        engine = self._engine
+        return protocol.ModelsChanged(
+            models=[] if engine.model is None else [engine.model],
+            block_tokens=engine.pool.block_tokens,
+            num_blocks=engine.pool.num_blocks,
+            step_model=engine.step_model.coefficients(),
+            seconds=seconds,
+        )
 
     # --- assignments and handoffs, event loop side
 

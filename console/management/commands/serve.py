@@ -25,6 +25,7 @@ from console.daphneserver import event_loop
 from console.fleet import Fleet
 from console.gateway import Gateway
 from console.live import LiveStats
+from console.localfleet import LocalFleet, read_limits
 from console.metrics import Metrics
 from console.models import Model
 from console.models.fleet import ensure_default_classes
@@ -70,6 +71,8 @@ class Command(BaseCommand):
         add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
         add("--numerics", choices=("exact", "fast"), default="", help="default: by the device")
         add("--device", default="cpu", help="cpu, or cuda:0,cuda:1,… for the workers in turn")
+        add("--workers-min", type=int, default=0, metavar="N", help="the plan keeps at least N")
+        add("--workers-max", type=int, default=0, metavar="N", help="let the plan start up to N")
         add("--demo", action="store_true", help="the demo: small real model, two workers, load")
         add("--fleet", type=int, default=0, metavar="N", help="add N modelled H200 workers")
         add("--no-migrate", action="store_true", help="leave the database as it is")
@@ -84,13 +87,18 @@ class Command(BaseCommand):
         check_port(options["bind"], options["port"])
         try:
             specs = worker_specs(options)
+            limits = fleet_limits(options, specs)
         except ConfigError as error:
             raise CommandError(str(error)) from None
         prepare(options, specs)
         if show is not None:
             show.seed(options["port"])
         current = compose(options, specs)
-        serving = Serving(current, options["drain_seconds"], lambda: start(serving, options, show))
+        serving = Serving(
+            current,
+            options["drain_seconds"],
+            lambda: start(serving, options, show, local_fleet(current, specs, options, limits)),
+        )
         state.current = current
         failure = serving.run(options["bind"], options["port"])
         current.snapshot.stop()
@@ -154,6 +162,31 @@ def worker_specs(options: dict[str, Any]) -> list[WorkerSpec]:
             WorkerSpec(role="mixed", count=options["fleet"], profile=FLEET_PROFILE, **modelled)
         )
     return specs
+
+
+def fleet_limits(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> tuple[int, int] | None:
+    """How many workers the plan may run. Raises ConfigError."""
+    num_now = len(parse_workers(options["workers"]))
+    limits = read_limits(options["workers_min"], options["workers_max"], num_now)
+    devices = options["device"].split(",")
+    if limits is not None and devices != ["cpu"] and limits[1] > len(devices):
+        raise ConfigError(
+            f"--workers-max={limits[1]}: a worker takes a whole GPU, and --device names"
+            f" {len(devices)}"
+        )
+    return limits
+
+
+def local_fleet(
+    current: state.ServerState,
+    specs: Sequence[WorkerSpec],
+    options: dict[str, Any],
+    limits: tuple[int, int] | None,
+) -> LocalFleet | None:
+    if limits is None:
+        return None
+    templates = {spec.model_id: spec for spec in specs if spec.count == 1}
+    return LocalFleet(current.workers, templates, options["device"].split(","), limits)
 
 
 def prepare(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> None:
@@ -224,6 +257,7 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
             logs_dir=settings.SLACKWATER_VAR / "logs",
             environ=os.environ,
             restart=not options["no_restart_workers"],
+            ended=fleet.start_failed,
         ),
         port=options["port"],
         profile=settings.SLACKWATER_PROFILE,
@@ -239,7 +273,12 @@ def address(options: dict[str, Any], current: state.ServerState) -> str:
     return f"[{host}]:{current.port}" if ":" in host else f"{host}:{current.port}"
 
 
-async def start(serving: Serving, options: dict[str, Any], show: demo.Demo | None) -> None:
+async def start(
+    serving: Serving,
+    options: dict[str, Any],
+    show: demo.Demo | None,
+    backend: LocalFleet | None,
+) -> None:
     """The server listens: say where, start the workers and the demo."""
     current = serving.state
     base = address(options, current)
@@ -250,6 +289,9 @@ async def start(serving: Serving, options: dict[str, Any], show: demo.Demo | Non
     await current.workers.start()
     names = [proc.name for proc in current.workers.views()]
     say(f"workers   {', '.join(names) or 'none: start one with python -m gpuworkers --join …'}")
+    if backend is not None:
+        current.fleet.offer(backend)
+        say(f"fleet     the plan runs {backend.limits[0]} to {backend.limits[1]} workers")
     say("stop with Ctrl-C")
     if show is not None:
         show.launch(current, serving.begin_drain)
