@@ -84,10 +84,10 @@ class Demand:
         self.decode_ratio = Ratio(1.0 / PRIORS.decode)
         self.ttft_ratio = Ratio(PRIORS.ttft)
 
-    def started(
+    def admitted(
         self, request: GenerateRequest, prefill_s: float, is_long: bool, now_s: float
     ) -> None:
-        """A request started for the first time."""
+        """A request was admitted."""
         self.advance(now_s)
         self._count += 1
         self._arrivals.append(Arrival(now_s, prefill_s, is_long))

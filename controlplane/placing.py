@@ -217,8 +217,6 @@ class Placer:
             )
         is_going_on = tracked.has_first_token and placement.split == "local"
         tracked.enter_phase("decode" if is_going_on else "prefill", now_s)
-        if not request.slo.is_batch and tracked.epoch == 1:
-            self._observe(request, found, now_s)
         if found.threshold_tokens and found.uncached_tokens >= self._config.handoff_tokens_min:
             pair = (placement.prefill_worker, placement.decode_worker)
             self.rates.chosen(pair, placement.split == "handoff", now_s)
@@ -228,11 +226,15 @@ class Placer:
         self._decided(tracked, domain.Placed(placement, tracked.epoch, tracked.demotion), record)
         tracked.move_reason, tracked.cause = "", "submitted"
 
-    def _observe(self, request: GenerateRequest, found: Route, now_s: float) -> None:
+    def observe(self, request: GenerateRequest, found: Route, now_s: float) -> None:
+        """Tells the planner of an online request that was admitted, whether it starts or waits."""
         floor = max(found.threshold_tokens, self._config.handoff_tokens_min)
-        self._planner.observe_request(
-            now_s, request, found.first.prefill_s, found.uncached_tokens >= floor
-        )
+        if found.placement is not None:
+            prefill_s, uncached = found.first.prefill_s, found.uncached_tokens
+        else:  # nobody can take it now: what the workers that were asked would need
+            prefill_s = min((row.prefill_s for row in found.candidates), default=0.0)
+            uncached = found.uncached_tokens or request.prompt_tokens
+        self._planner.observe_request(now_s, request, prefill_s, uncached >= floor)
 
     def _dispatch(self, tracked: Tracked, placement: domain.Placement, uncached: int) -> None:
         request_id, epoch = tracked.request_id, tracked.epoch

@@ -129,11 +129,11 @@ class Planner:
     def observe_request(
         self, now_s: float, request: GenerateRequest, prefill_s: float, is_long: bool
     ) -> None:
-        """An online request started for the first time."""
+        """An online request was admitted."""
         demand = self._demands.get(request.model_id)
         if demand is None:
             demand = self._demands[request.model_id] = Demand(self.config)
-        demand.started(request, prefill_s, is_long, now_s)
+        demand.admitted(request, prefill_s, is_long, now_s)
 
     def observe_ttft(self, model_id: str, predicted_s: float, actual_s: float) -> None:
         """The first token of a request is out."""

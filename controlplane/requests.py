@@ -133,6 +133,8 @@ class Requests:
             return
         self.tracked[request.request_id] = tracked
         if not request.slo.is_batch:
+            assert found is not None, request.request_id
+            self._placer.observe(request, found, now_s)
             count = self._num_by_tenant.get(request.tenant_id, 0)
             self._num_by_tenant[request.tenant_id] = count + 1
         if account is not None:

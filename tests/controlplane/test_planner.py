@@ -229,3 +229,23 @@ def test_floor_needs_history_and_never_takes_the_last_decode_worker():
     assert not any("forecast" in plan.reason for plan in rig.plane.view(rig.now_s).plans)
     roles = [worker.role for worker in rig.plane.view(rig.now_s).workers]
     assert roles.count("prefill") <= 2
+
+
+def test_long_prompts_that_still_wait_after_the_shift_do_not_delay_the_flip():
+    """They start late, but they came before the mix changed; and what waits counts as it comes."""
+    rig = Rig(sequences_max=1)  # a worker takes one request at a time: nearly all have to wait
+    for role in ("prefill", "decode"):
+        rig.join(role)
+    assert run(rig, 60.0, steady_mix(1)) == []
+    for index in range(20):
+        rig.submit(f"long{index}", prompt_tokens=LONG)
+    rig.tick(1.0, heard=("w1", "w2"))
+    shift_at_s, plans, num_short = rig.now_s, [], 0
+    while not plans and rig.now_s < shift_at_s + 60.0:
+        num_short += 1
+        rig.submit(f"short{num_short}", prompt_tokens=SHORT)
+        if num_short % 3 == 0:  # the backlog ends slowly
+            rig.finish(f"long{num_short // 3}")
+        plans = of(domain.PlanChanged, rig.tick(1.0, heard=("w1", "w2")))
+    assert [(plan.worker_id, plan.role_after) for plan in plans] == [("w1", "decode")]
+    assert rig.now_s - shift_at_s <= 45.0
