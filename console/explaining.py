@@ -34,6 +34,7 @@ CAUSES = {
     "refused": "its worker refused it",
     "failover": "its worker was lost",
     "handoff_failed": "its KV transfer failed",
+    "planned": "its worker was to do something else",
 }
 
 

@@ -402,6 +402,13 @@ class Fleet:
                 live.handoff_recomputed_tokens += tokens
                 if num_bytes:
                     self._metrics.handoff_seconds.observe(seconds)
+            case domain.MoveCounted(from_worker=worker_id, to_worker=other_id, is_copied=is_copied):
+                how = "copied" if is_copied else "recomputed"
+                self._metrics.planned_moves.labels(how).inc()
+                logger.info(
+                    "moved request=%s from=%s to=%s kv=%s",
+                    command.request_id, worker_id, other_id, how,
+                )  # fmt: skip
             case domain.FailoverCounted(from_worker=worker_id, epoch=epoch):
                 live.failovers += 1
                 logger.info(

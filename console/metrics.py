@@ -53,6 +53,12 @@ class Metrics:
         self.failovers = Counter(
             "slackwater_failovers", "Moves of a request off a lost worker", **common
         )
+        self.planned_moves = Counter(
+            "slackwater_planned_moves",
+            "Streams that left a worker which still served them, by what became of their KV",
+            ["kv"],
+            **common,
+        )
         self.tokens = Counter("slackwater_tokens", "Tokens by lane", ["lane", "kind"], **common)
         self.batch_lines = Counter(
             "slackwater_batch_lines", "Batch lines that ended", ["status"], **common

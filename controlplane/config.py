@@ -51,6 +51,10 @@ class ControlPlaneConfig:
     moves_max: int = 5  # times that a request may lose its worker
     recovery_share: float = 0.2  # of live requests that may be retried at a time,
     recoveries_min: int = 3  # and at least so many; batch lines only beside no more than that
+    evacuate_left_s: float = 2.0  # a stream that ends sooner stays with its worker
+    evacuate_s_max: float = 10.0  # and so does what has not left by then
+    moves_per_tick: int = 4  # streams that leave one worker at a time
+    copy_tokens_min: int = 100  # of prompt, below which KV is computed again (algorithms.md 2h)
     strikes_max: int = 4  # workers that may die with a request, when others may be why
     errors_max: int = 2  # workers on which a sequence may fail, until the request is to blame
     quarantine_s: float = 600.0  # in which what was to blame is refused

@@ -21,7 +21,7 @@ PlannerMode = Literal["auto", "shadow"]
 PlanKind = Literal["role", "model", "start", "drain", "stop"]
 OverLimit = Literal["surplus", "reject"]
 ContractKey = tuple[str, str, str]  # tenant, model, class
-Cause = Literal["submitted", "replaced", "refused", "failover", "handoff_failed"]
+Cause = Literal["submitted", "replaced", "refused", "failover", "handoff_failed", "planned"]
 Bound = str  # what decided: only_one, cost, score, damage, batch, filters, hold, order, or a code
 
 
@@ -533,6 +533,18 @@ class FailoverCounted:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class MoveCounted:
+    """A running stream left a worker that still served it; its KV was copied, or is computed again
+    from the ids."""
+
+    request_id: str
+    from_worker: str
+    to_worker: str
+    epoch: int
+    is_copied: bool
+
+
 Command = (
     Greet
     | CloseWorker
@@ -551,6 +563,7 @@ Command = (
     | PlanChanged
     | HandoffCounted
     | FailoverCounted
+    | MoveCounted
 )
 
 # --- views: what pages and metrics read ----------------------------------------------------------

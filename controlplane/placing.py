@@ -193,6 +193,16 @@ class Placer:
         is_sooner = found.queue_s <= self._config.replace_gain * waiting.wait_s
         return found if is_sooner and placement.predicted_ttft_s <= limit_s else None
 
+    def elsewhere(self, tracked: Tracked, worker_id: str, now_s: float) -> Route:
+        """Where a running stream could go on instead."""
+        pool = self.pools.pool(tracked.request.model_id)
+        ask = self._ask(tracked, tracked.avoided(now_s) | {worker_id}, now_s)
+        return route(ask, pool, self.rates, self._config, self.uniform, can_split=False)
+
+    def start_elsewhere(self, tracked: Tracked, found: Route, now_s: float) -> None:
+        """Goes on there; it has left its worker and did not wait."""
+        self._place(tracked, found, 0.0, now_s)
+
     def start_now(self, tracked: Tracked, found: Route, now_s: float) -> None:
         """Start a request of the waiting room by a route that has just been found."""
         self._start(tracked, found, now_s)
@@ -205,6 +215,11 @@ class Placer:
         step_model = self._registry.workers[placement.prefill_worker].step_model
         self.room.take(request, step_model, found.uncached_tokens)
         self.recoveries.began(tracked)
+        self._place(tracked, found, waited_s, now_s)
+
+    def _place(self, tracked: Tracked, found: Route, waited_s: float, now_s: float) -> None:
+        placement, request = found.placement, tracked.request
+        assert placement is not None
         tracked.epoch += 1
         tracked.placement = placement
         tracked.resumable_on = ""

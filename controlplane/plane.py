@@ -69,7 +69,7 @@ class ControlPlane:
             case domain.ModelOrdered():
                 self._plans.order_model(event, now_s)
             case domain.DrainOrdered():
-                self._plans.order_drain(event)
+                self._plans.order_drain(event, now_s)
             case domain.FleetOffered():
                 self._plans.offer_fleet(event)
             case domain.StartFailed():
@@ -243,6 +243,7 @@ class ControlPlane:
             self._gpu.forget([worker.worker_id])
         self._requests.expire(now_s)
         self._requests.balance(now_s)
+        self._requests.evacuation.step(now_s)
         self._plans.tick(now_s)
 
     def sizes(self) -> dict[str, tuple[int, int]]:

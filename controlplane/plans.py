@@ -57,10 +57,10 @@ class Plans:
         worker.held_until_s = now_s + self._config.operator_hold_s
         self._change_model(worker, event.model_id, event.by, f"ordered by {event.by}", now_s)
 
-    def order_drain(self, event: domain.DrainOrdered) -> None:
+    def order_drain(self, event: domain.DrainOrdered, now_s: float) -> None:
         worker = self._registry.workers.get(event.worker_id)
         if worker is not None and worker.status in ("live", "suspect", "loading"):
-            self._drain(worker)
+            self._drain(worker, f"drained by {event.by}", now_s)
 
     def offer_fleet(self, event: domain.FleetOffered) -> None:
         """Who starts workers for us, within which numbers."""
@@ -156,7 +156,7 @@ class Plans:
         else:
             self._sizer.draining(change.worker)
             self._commands.append(domain.DrainWorker(change.worker.hello.name))
-            self._drain(change.worker)
+            self._drain(change.worker, f"{change.worker.worker_id} is drained", now_s)
 
     def _shadow(self, plan: PlanChanged) -> None:
         """Record what the planner would do; the same wish is recorded once."""
@@ -181,13 +181,17 @@ class Plans:
     def _change_role(
         self, worker: Worker, role: protocol.Role, by: str, reason: str, now_s: float
     ) -> None:
-        """An admission mask changes at once; requests in hand go on where they are."""
+        """An admission mask changes at once; what is in hand goes on, but streams leave a worker
+        that shall compute prompts only."""
         changed = PlanChanged(worker.worker_id, worker.role, role, by, reason)
         worker.role, worker.role_since_s = role, now_s
         self._requests.refile(worker)
         if worker.status != "lost":
             self._commands.append(domain.SendRole(worker.worker_id, role))
         self._record(changed)
+        if role == "prefill" and worker.status == "live":
+            why = f"{worker.worker_id} computes prompts now"
+            self._requests.evacuation.begin(worker, why, is_drain=False, now_s=now_s)
 
     def _change_model(
         self, worker: Worker, model_id: str, by: str, reason: str, now_s: float
@@ -211,11 +215,12 @@ class Plans:
         )
         self._go_on(worker, worker.swap, now_s)
 
-    def _drain(self, worker: Worker) -> None:
+    def _drain(self, worker: Worker, why: str, now_s: float) -> None:
+        """It gets nothing new; its streams leave, then it is told."""
         worker.is_drain_ordered = True
         worker.status, worker.swap = "draining", None
         self._requests.refile(worker)
-        self._commands.append(domain.SendDrain(worker.worker_id))
+        self._requests.evacuation.begin(worker, why, is_drain=True, now_s=now_s)
 
     # --- a worker changes its model
 
@@ -280,7 +285,7 @@ class Plans:
         self._record(failed)
         worker.held_until_s = now_s + self._config.operator_hold_s
         if swap.is_return or not swap.before:
-            self._drain(worker)
+            self._drain(worker, f"{worker.worker_id} cannot load a model", now_s)
             return
         worker.swap = Swap(swap.before, "", "emptying", now_s, is_return=True)
         self._go_on(worker, worker.swap, now_s)

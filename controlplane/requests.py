@@ -20,6 +20,7 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.decisions import DecisionBook
 from controlplane.domain import Command, Demotion, Rejected
 from controlplane.ejection import Ejector
+from controlplane.evacuation import Evacuation
 from controlplane.failover import Tracked
 from controlplane.ledger import Account, Ledger, worst_case
 from controlplane.moving import Mover
@@ -82,6 +83,9 @@ class Requests:
             self.tracked,
             commands,
             self._reject,
+        )
+        self.evacuation = Evacuation(
+            config, registry, self._placer, self.mover, self.tracked, commands
         )
         self._swept_at_s = 0.0
         self.ledger = Ledger()

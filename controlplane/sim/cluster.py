@@ -318,9 +318,12 @@ class Cluster:
                 assert not member.worker.sequences, f"{name} was stopped at work"
                 self.kill(member)
             case domain.SendDrain(worker_id):
-                self._member(worker_id).worker.is_draining = True
+                worker = self._member(worker_id).worker
+                self._to_worker(worker_id, partial(setattr, worker, "is_draining", True))
             case domain.FailoverCounted(epoch=epoch):
                 self.reached.add("failover" if epoch < 3 else "failover again")
+            case domain.MoveCounted(is_copied=is_copied):
+                self.reached.add("left, KV copied" if is_copied else "left, KV computed again")
             case domain.HandoffCounted(recomputed_tokens=tokens):
                 self.reached.add("handoff recomputed" if tokens else "handoff")
             case domain.Decided(request_id, domain.Placed(_, _, demotion), record):

@@ -56,6 +56,8 @@ class ModelledWorker:
         """Take the sequence and its blocks, or say why not."""
         sequence = from_assign(message, now_s)
         assert sequence.key not in self.sequences, f"{sequence.key} was dispatched twice"
+        for key in [key for key in self.sequences if key[0] == sequence.request_id]:
+            self.drop(key)  # an older epoch
         size = self.pool.block_tokens
         num_blocks = blocks.blocks_for(sequence.tokens_max, size)
         hashes: list[bytes] = []

@@ -40,9 +40,14 @@ class Seen:
     body_index: int
     began_at_s: float
     ended_at_s: float
-    longest_gap_s: float
+    arrived_at_s: list[float] = field(default_factory=list)  # of its chunks
     error: str = ""
     difference: str = ""  # from the undisturbed run
+
+    def longest_gap_s(self, from_s: float, to_s: float) -> float:
+        """Of the gaps between chunks that touch this time; 0 without any."""
+        pairs = zip(self.arrived_at_s, self.arrived_at_s[1:], strict=False)
+        return max((b - a for a, b in pairs if b >= from_s and a <= to_s), default=0.0)
 
 
 @dataclass
@@ -98,7 +103,7 @@ class Load:
             error = f"{type(failure).__name__}: {failure}"
         difference = "" if error else differs(self.undisturbed[index], stream)
         ended_at_s = time.monotonic()
-        return Seen(index, began_at_s, ended_at_s, stream.longest_gap_s, error, difference)
+        return Seen(index, began_at_s, ended_at_s, stream.arrived_at_s, error, difference)
 
 
 def differs(expected: Streamed, seen: Streamed) -> str:

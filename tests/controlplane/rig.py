@@ -28,7 +28,9 @@ class Rig:
         self.plane.check_integrity()
         self.commands += commands
         for dispatch in of(domain.Dispatch, commands):
-            assert self.worker(dispatch.worker_id).status == "live", dispatch
+            is_copy = dispatch.stage == "prefill"  # of its own KV: it is about to drain
+            status = self.worker(dispatch.worker_id).status
+            assert status == "live" or (is_copy and status == "draining"), dispatch
         for greet in of(domain.Greet, commands):
             if isinstance(greet.message, protocol.Welcome):
                 self.welcomes[greet.message.worker_id] = greet.message
