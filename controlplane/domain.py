@@ -139,7 +139,8 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Demotion:
-    """Why a request runs in the surplus tier. `code` is one of contract_rate, late, no_weight."""
+    """Why a request runs in the surplus tier. `code` is one of contract_rate, contract_pace,
+    late, no_weight."""
 
     code: str
     message: str

@@ -240,6 +240,16 @@ class FairQueue:
             self._tenants.move_to_end(tenant_id)
         return request
 
+    def newest_of_longest(self, tenant_id: str) -> GenerateRequest | None:
+        """The newest request of the tenant with most of them here, when that has more than the
+        given one would have with one more."""
+        longest = max(self._waiting, key=lambda name: (self._waiting[name], name), default=None)
+        if longest is None or self._waiting[longest] <= self._waiting.get(tenant_id, 0) + 1:
+            return None
+        lanes = self._tenants[longest].lanes.values()
+        newest = [next(reversed(waiting.values())) for waiting in lanes]
+        return max(newest, key=lambda request: (request.arrived_at_s, request.request_id))
+
     def served_s(self, tenant_id: str) -> float:
         """The tenant's counter: GPU-seconds over weight."""
         return self._counters[tenant_id]

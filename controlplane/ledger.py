@@ -8,13 +8,23 @@ limit is ever overrun, whatever the outputs turn out to be. A rate counts what w
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from controlplane.domain import Contract, ContractKey, GenerateRequest, Rejected, Spent, Tier
+from controlplane.domain import (
+    Contract,
+    ContractKey,
+    Demotion,
+    GenerateRequest,
+    Rejected,
+    Spent,
+    Tier,
+)
 
 RATE_BUCKETS = 61  # whole seconds that may overlap any 60 s
 BURN_BUCKET_S = 60
 BURN_BUCKETS = 60  # an hour
 BURN_FAST_BUCKETS = 5
 MILLION = 1_000_000
+MINUTE_S = 60.0
+BURST_S = 5.0  # of a contract's rates that may come at once while others wait (start value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,29 @@ class RateWindow:
             self._amounts[second % RATE_BUCKETS] -= amount
             self.total -= amount
             assert self._amounts[second % RATE_BUCKETS] >= 0, (amount, second)
+
+
+class Pace:
+    """A guaranteed share is a rate with a burst (algorithms.md 2g): what comes faster is ahead of
+    it. Amounts may go into debt, so that one large request is never ahead for ever."""
+
+    def __init__(self, burst_s: float) -> None:
+        self._burst_s = burst_s
+        self._used = 0.0  # amount above the rate, at most a burst's until it is ahead
+        self._at_s = 0.0
+
+    def is_ahead(self, per_min: int, now_s: float) -> bool:
+        self._leak(per_min, now_s)
+        return self._used >= max(1.0, self._burst_s * per_min / MINUTE_S)
+
+    def add(self, amount: float) -> None:
+        """What starts, and below 0 what was reserved and not used."""
+        self._used = max(0.0, self._used + amount)
+
+    def _leak(self, per_min: int, now_s: float) -> None:
+        passed_s = max(0.0, now_s - self._at_s)
+        self._used = max(0.0, self._used - passed_s * per_min / MINUTE_S)
+        self._at_s = max(self._at_s, now_s)
 
 
 class ErrorBudget:
@@ -160,6 +193,7 @@ class Account:
         self.contract = contract
         self.requests = RateWindow(contract.requests_per_min)
         self.tokens = RateWindow(contract.tokens_per_min)
+        self.paces = (Pace(BURST_S), Pace(BURST_S))  # requests, tokens
         self.objective = ErrorBudget()
         self.num_running = self.held_tokens = self.num_surplus = 0
         self.held_usd = 0.0
@@ -213,6 +247,20 @@ class Account:
         )
         return Rejected("contract_rate", text, max(waits))
 
+    def ahead_of_pace(self, now_s: float) -> Demotion | None:
+        """Within its minute, but faster than the share that is kept free for it: where others wait
+        it takes no more than its share, and the rest is served in what is left."""
+        contract = self.contract
+        rates = (contract.requests_per_min, contract.tokens_per_min)
+        for pace, per_min, name in zip(self.paces, rates, ("requests", "tokens"), strict=True):
+            if pace.is_ahead(per_min, now_s):
+                text = (
+                    f"contract {contract.name} is more than {BURST_S:.0f} s ahead of its"
+                    f" {per_min} {name} a minute while others wait"
+                )
+                return Demotion("contract_pace", text)
+        return None
+
 
 class Ledger:
     """All accounts, and the hold of every admitted request until it is settled."""
@@ -260,6 +308,8 @@ class Ledger:
         if tier == "guaranteed" and not account.contract.is_batch:
             account.requests.add(1, now_s)
             second = account.tokens.add(tokens, now_s)
+            for pace, amount in zip(account.paces, (1, tokens), strict=True):
+                pace.add(amount)
         account.num_running += 1
         account.num_surplus += tier == "surplus"  # since the start, not now
         account.held_tokens += tokens
@@ -285,6 +335,7 @@ class Ledger:
         usd = usd if is_started else 0.0
         if hold.second >= 0:
             account.tokens.refund(hold.tokens - tokens, hold.second, now_s)
+            account.paces[1].add(tokens - hold.tokens)
         account.num_running -= 1
         account.held_tokens -= hold.tokens
         account.held_usd = account.held_usd - hold.usd if account.num_running else 0.0

@@ -167,13 +167,36 @@ class Requests:
                 return over
             if over is not None:
                 tracked.demotion = Demotion(over.code, over.message)
+            elif not request.slo.is_batch and self._is_contended(request, found):
+                tracked.demotion = account.ahead_of_pace(now_s)
         if request.weight <= 0.0 and tracked.demotion is None and not request.slo.is_batch:
             text = f"{request.tenant_id} has weight 0: it is served in what others leave"
             tracked.demotion = Demotion("no_weight", text)
         is_judged = tracked.demotion is None and not request.slo.is_batch
         if is_judged and (refused := self._judge_late(tracked, found, account, now_s)):
             return refused
-        return self._room.refuse_queue(request.slo, tracked.tier)
+        refused = self._room.refuse_queue(request.slo, tracked.tier)
+        if refused is not None and tracked.tier == "surplus":
+            return self._displace(request, refused, now_s)
+        return refused
+
+    def _displace(
+        self, request: domain.GenerateRequest, refused: Rejected, now_s: float
+    ) -> Rejected | None:
+        """Room in a full surplus queue at the cost of the tenant that has most of it."""
+        other = self._room.in_the_way(request)
+        if other is None:
+            return refused
+        self._room.remove(other)
+        text = f"{refused.message}: it gave its place to a tenant with fewer"
+        self._reject(self.tracked[other.request_id], replace(refused, message=text), now_s)
+        return None
+
+    def _is_contended(self, request: domain.GenerateRequest, found: Route) -> bool:
+        """Would it wait so long that others do too? Shares are lent as long as nobody does."""
+        outlook = self._placer.outlook(found)
+        limit_s = self._config.fit_share * request.slo.ttft_s_p99
+        return outlook is None or found.placement is None or outlook.ttft_s > limit_s
 
     def _judge_late(
         self, tracked: Tracked, found: Route, account: Account | None, now_s: float

@@ -104,8 +104,12 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
     if request.slo.is_batch:
         if worker.num_batch >= config.batch_rows_max:
             return f"{worker.num_batch} batch sequences, at most {config.batch_rows_max}"
-    elif worker.num_online >= config.sequences_max:
-        return f"{worker.num_online} online sequences, at most {config.sequences_max}"
+    else:
+        rows_max = config.sequences_max
+        if ask.is_surplus:
+            rows_max -= int(config.surplus_reserve * rows_max)
+        if worker.num_online >= rows_max:
+            return f"{worker.num_online} online sequences, at most {rows_max}"
     needed = blocks_needed(worker, request, output)
     pace = worker.pace
     free = pace.blocks_free_batch if request.slo.is_batch else pace.blocks_free

@@ -47,6 +47,12 @@ class WaitingRoom:
             RETRY_S,
         )
 
+    def in_the_way(self, request: GenerateRequest) -> GenerateRequest | None:
+        """Who gives up a place in the full surplus queue: one tenant does not fill it alone.
+        Nobody there was promised to be served."""
+        queue = self._queues.get(_line(request.slo, "surplus"))
+        return None if queue is None else queue.newest_of_longest(request.tenant_id)
+
     def enter(self, request: GenerateRequest, tier: Tier, now_s: float) -> None:
         self._push(request, _line(request.slo, tier))
         self._since_s[request.request_id] = now_s
