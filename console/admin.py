@@ -51,7 +51,7 @@ class QuotaInline(admin.StackedInline):
 
 @admin.register(Tenant)
 class TenantAdmin(admin.ModelAdmin):
-    list_display = ["slug", "name", "default_class", "concurrency", "is_active"]
+    list_display = ["slug", "name", "default_class", "concurrency", "weight", "is_active"]
     list_filter = ["is_active", "default_class"]
     list_select_related = ["default_class", "quota"]
     search_fields = ["slug", "name"]

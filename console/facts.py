@@ -43,6 +43,8 @@ class RequestFact:
     predicted_ttft_ms: float | None
     decision: dict[str, Any] = field(default_factory=dict)  # a controlplane.decisions.Explanation
     is_demo_history: bool = False
+    gpu_prefill_s: float = 0.0  # worker seconds charged to it, of all its workers
+    gpu_decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +61,34 @@ class PlanFact:
     is_shadow: bool = False
     model_before: str = ""
     model_after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CostFact:
+    """Requests of one tenant, model and class that ended in one minute; see CostMinute."""
+
+    minute: datetime
+    run: str  # of the server
+    tenant_id: str
+    model_id: str
+    class_name: str
+    is_batch: bool
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    prefill_gpu_s: float
+    decode_gpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFact:
+    """How the workers of one model spent one minute, as they measured it; see GpuMinute."""
+
+    minute: datetime
+    run: str
+    model_id: str
+    online_s: float
+    batch_s: float
+    batch_fixed_s: float  # of batch_s: its share of what a step costs with any rows
+    idle_s: float
+    gpu_hour_usd: float  # the price at that time

@@ -26,6 +26,7 @@ from controlplane import domain, protocol
 from controlplane.contracts import Preview
 from controlplane.decisions import Explanation
 from controlplane.errors import ConfigError
+from controlplane.gpuledger import GpuView
 from controlplane.ledger import AccountView, RateView
 from controlplane.plane import ControlPlane
 
@@ -94,6 +95,10 @@ class Fleet:
     def accounts(self) -> tuple[AccountView, ...]:
         """Contracts and where they stand, for pages and metrics."""
         return self._plane.accounts(self.now_s())
+
+    def gpu_seconds(self) -> tuple[GpuView, ...]:
+        """How each worker has spent its time."""
+        return self._plane.gpu_seconds()
 
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit; nothing changes."""
@@ -198,6 +203,9 @@ class Fleet:
         if live is None:
             return  # ended here; its cancel is on the way
         journal = live.journal
+        charged = (report.prefill_gpu_s, report.decode_gpu_s)
+        if sum(charged) > 0.0:
+            live.gpu_s[worker_id, report.epoch] = charged
         if report.epoch >= journal.epoch:
             live.cached_tokens = max(live.cached_tokens, report.cached_tokens)
         was_finished = journal.finish_reason is not None

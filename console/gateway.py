@@ -222,6 +222,8 @@ class Gateway:
             block_hashes=protocol.block_hashes(salt, spec.prompt_ids, HASH_BLOCK_TOKENS),
             arrived_at_s=arrived_at_s,
             tenant_concurrency_max=spec.tenant.concurrency_max,
+            key_id=spec.key_id,
+            weight=spec.tenant.weight,
             fingerprint=protocol.fingerprint(salt, spec.prompt_ids),
         )
         return LiveRequest(

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from console.facts import Endpoint
 from console.journal import Journal
@@ -43,6 +43,9 @@ class LiveRequest:
     handoff_bytes: int = 0
     handoff_ms: float = 0.0
     handoff_recomputed_tokens: int = 0
+    # Seconds of each worker and epoch that it was charged: prefill, decode. Totals, so that reports
+    # may come twice.
+    gpu_s: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
     delivered_tokens: int = 0
     itl_s_p99: float = 0.0
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from console import costs
+from console.costbook import CostBook
 from console.facts import RequestFact
 from console.metrics import ITL_BUCKETS_S, TTFT_BUCKETS_S
 from controlplane import domain, protocol
@@ -142,7 +143,7 @@ class LiveStats:
         self._by_class: dict[str, ClassStats] = {}
         self._rates = WindowSums(2, RATE_WINDOW_S)  # output tokens: interactive, batch
         self._tokens = WindowSums(2, WINDOW_S)  # the same over the cost window
-        self._busy_s = WindowSums(2, WINDOW_S)  # worker seconds charged to each lane
+        self._busy_s = WindowSums(2, WINDOW_S)  # worker seconds that each lane pays for
         self._totals = dict.fromkeys(
             ("requests_total", "completed", "failed", "cancelled", "rejected", "expired")
             + ("tokens_interactive", "tokens_batch", "placements_local", "placements_handoff")
@@ -150,9 +151,12 @@ class LiveStats:
             0,
         )
         self._seq = 0
+        self.costs: CostBook | None = None  # set once by serve
 
     def observe_request(self, fact: RequestFact) -> None:
         """A request has ended."""
+        if self.costs is not None:
+            self.costs.observe(fact)
         self._totals["requests_total"] += 1
         self._totals[fact.status] += 1
         self._totals["failovers"] += fact.failovers
@@ -181,8 +185,9 @@ class LiveStats:
             stats.itl.observe(itl_s, self._clock())
 
     def observe_load(self, load: protocol.WorkerLoad, now_s: float) -> None:
-        """A worker reported how it spent its time since its last report."""
-        self._busy_s.add(0, load.online_s, now_s)
+        """A worker reported how it spent its time since its last report. Interactive work pays for
+        the time in which it waits for more (costs.py, attributed)."""
+        self._busy_s.add(0, load.online_s + load.idle_s, now_s)
         self._busy_s.add(1, load.batch_s, now_s)
 
     def frame(self, now_s: float) -> dict[str, Any]:

@@ -5,14 +5,16 @@ the page of metrics and the table of requests always count the same things.
 """
 
 from collections import Counter as Tally
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from console.costs import CostLine, Key
 from console.facts import RequestFact
 from controlplane import domain
+from controlplane.gpuledger import GpuView
 
 # Seconds. TTFT as vLLM's loggers.py; ITL begins lower, because a decode step takes 5-20 ms on an
 # H200; queue waits begin at 1 ms, because a 100 ms target is blind to vLLM's 0.3 s.
@@ -29,6 +31,7 @@ QUEUE_BUCKETS_S = (
     + (10.0, 30.0, 60.0, 300.0)
 )  # fmt: skip
 HANDOFF_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+COST_SERIES_MAX = 256  # tenants × models × classes in `/metrics`
 LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -104,6 +107,61 @@ class Metrics:
         self.workers = Gauge(
             "slackwater_workers", "Workers by role and status", ["role", "status"], **common
         )
+
+        self.gpu_seconds = Gauge(
+            "slackwater_gpu_seconds",
+            "Worker seconds since the worker's start, by what they were spent on",
+            ["worker", "model", "kind"],
+            **common,
+        )
+        self.gpu_loss = Gauge(
+            "slackwater_gpu_unaccounted_ratio",
+            "Share of a worker's wall time of the last hour that it did not account for",
+            ["worker"],
+            **common,
+        )
+        self.cost_usd = Gauge(
+            "slackwater_cost_usd_last_hour",
+            "Cost of the last hour; views: attributed, incremental cash",
+            ["tenant", "model", "slo_class", "view"],
+            **common,
+        )
+        self.cost_per_million = Gauge(
+            "slackwater_cost_usd_per_million_tokens",
+            "The same for a million prompt and output tokens",
+            ["tenant", "model", "slo_class", "view"],
+            **common,
+        )
+
+    def set_gpu(self, workers: Sequence[GpuView]) -> None:
+        """How workers spent their time; those that left disappear."""
+        self.gpu_seconds.clear()
+        self.gpu_loss.clear()
+        for worker in workers:
+            spent = worker.spent
+            kinds = {
+                "interactive_prefill": spent.online_prefill_s,
+                "interactive_decode": spent.online_decode_s,
+                "batch_prefill": spent.batch_prefill_s,
+                "batch_decode": spent.batch_decode_s,
+                "idle": spent.idle_s,
+            }
+            for kind, seconds in kinds.items():
+                self.gpu_seconds.labels(worker.worker_id, worker.model_id, kind).set(seconds)
+            if worker.loss is not None:
+                self.gpu_loss.labels(worker.worker_id).set(worker.loss)
+
+    def set_costs(self, lines: Mapping[Key, CostLine]) -> None:
+        """Costs of the last hour; at most COST_SERIES_MAX, the dearest first."""
+        self.cost_usd.clear()
+        self.cost_per_million.clear()
+        dearest = sorted(lines.items(), key=lambda item: (-item[1].usd, item[0]))
+        for key, line in dearest[:COST_SERIES_MAX]:
+            for view, usd in (("attributed", line.usd), ("incremental_cash", line.cash_usd)):
+                self.cost_usd.labels(*key, view).set(usd)
+                per_million = line.per_million(usd, line.tokens)
+                if per_million is not None:
+                    self.cost_per_million.labels(*key, view).set(per_million)
 
     def observe_fact(self, fact: RequestFact) -> None:
         """Count a request that has ended."""

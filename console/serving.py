@@ -162,6 +162,7 @@ class Serving:
         state.tokenizers.grammars.close()
         supervisor.cancel()
         await asyncio.gather(supervisor, return_exceptions=True)
+        state.close_costs()
         try:
             await asyncio.wait_for(state.writer.flush(), FLUSH_S_MAX)
         except (TimeoutError, DatabaseError) as error:

@@ -86,5 +86,7 @@ def fact_of(
         handoff_ms=live.handoff_ms if live.handoff_bytes else None,
         handoff_recomputed_tokens=live.handoff_recomputed_tokens,
         predicted_ttft_ms=None if placement is None else placement.predicted_ttft_s * 1000,
+        gpu_prefill_s=sum(prefill_s for prefill_s, _ in live.gpu_s.values()),
+        gpu_decode_s=sum(decode_s for _, decode_s in live.gpu_s.values()),
         decision=msgspec.to_builtins(explanation) if explanation else {},
     )

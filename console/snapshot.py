@@ -40,6 +40,7 @@ class TenantFacts:
     default_class: str
     concurrency_max: int
     salt: bytes
+    weight: float = 1.0  # of its share where tenants wait for each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,11 @@ class Snapshot:
                 return facts
         return None
 
+    def gpu_hour_usd(self, model_id: str) -> float:
+        """Price of a worker that serves this model."""
+        facts = self.models.get(model_id)
+        return settings.GPU_HOUR_USD if facts is None else facts.gpu_hour_usd
+
 
 EMPTY = Snapshot(tenants={}, keys={}, models={}, classes={})
 
@@ -149,6 +155,7 @@ def _tenant_facts(row: Tenant) -> TenantFacts:
         default_class=row.default_class.name,
         concurrency_max=CONCURRENCY_DEFAULT if quota is None else quota.concurrency_max,
         salt=tenant_salt(row.slug),
+        weight=row.weight,
     )
 
 

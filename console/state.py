@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from console.batches import BatchFeeder
 from console.contracts import ContractFeed
+from console.costbook import CostBook
 from console.fleet import Fleet
 from console.gateway import Gateway
 from console.live import LiveStats
@@ -23,6 +24,7 @@ from console.workerprocs import WorkerProcs
 from console.writer import FactWriter
 
 T = TypeVar("T")
+COST_TICKS = 10  # control loop turns between two looks at what workers have spent: a second
 
 
 @dataclass
@@ -42,6 +44,7 @@ class ServerState:
     port: int
     profile: str  # local or public
     started_at_s: float  # on the fleet's clock
+    costs: CostBook | None = None
     contracts: ContractFeed = field(default_factory=ContractFeed)
     draining: bool = False
     tick_at_s: float | None = None  # last turn of the control loop, on the fleet's clock
@@ -55,10 +58,24 @@ class ServerState:
         of the loop and of the database."""
         if event := self.contracts.next(self.snapshot.current, datetime.now(UTC)):
             self.fleet.handle(event)
+        self._count_costs()
         self.tick_at_s = self.fleet.now_s()
         if self.snapshot.num_failures > self.num_database_failures:
             self.num_database_failures = self.snapshot.num_failures
             self.database_failed_at_s = self.tick_at_s
+
+    def _count_costs(self) -> None:
+        if self.costs is None or self.fleet.num_ticks % COST_TICKS:
+            return
+        workers = self.fleet.gpu_seconds()
+        self.metrics.set_gpu(workers)
+        if self.costs.tick(datetime.now(UTC), workers):
+            self.metrics.set_costs(self.costs.last_hour())
+
+    def close_costs(self) -> None:
+        """The server ends in the middle of a minute."""
+        if self.costs is not None:
+            self.costs.close(datetime.now(UTC), self.fleet.gpu_seconds())
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any, timeout_s: float = 5.0) -> T:
         """Run `function(*args)` on the server's loop from another thread and give its result."""

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connections, transaction
 
-from console.facts import PlanFact, RequestFact
-from console.models import PlanRecord, RequestRecord, Worker
+from console.facts import CostFact, GpuFact, PlanFact, RequestFact
+from console.models import CostMinute, GpuMinute, PlanRecord, RequestRecord, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,14 @@ class WorkerFact:
     at: datetime
 
 
-Fact = RequestFact | PlanFact | WorkerFact
-_ROWS: dict[type[Any], type[Any]] = {RequestFact: RequestRecord, PlanFact: PlanRecord}
-# A commit whose answer was lost is repeated, so a request's row may be there: writing its id again
+Fact = RequestFact | PlanFact | WorkerFact | CostFact | GpuFact
+_ROWS: dict[type[Any], type[Any]] = {
+    RequestFact: RequestRecord,
+    PlanFact: PlanRecord,
+    CostFact: CostMinute,
+    GpuFact: GpuMinute,
+}
+# A commit whose answer was lost is repeated, so a row may be there: writing a part of its key again
 # changes nothing. (SQLite's way of ignoring conflicts would also ignore broken rows.)
 _CONFLICTS: dict[type[Any], dict[str, Any]] = {
     RequestRecord: {
@@ -54,6 +59,16 @@ _CONFLICTS: dict[type[Any], dict[str, Any]] = {
         "update_fields": ["request_id"],
     },
     PlanRecord: {},
+    CostMinute: {
+        "update_conflicts": True,
+        "unique_fields": ["minute", "run", "tenant_id", "model_id", "class_name"],
+        "update_fields": ["run"],
+    },
+    GpuMinute: {
+        "update_conflicts": True,
+        "unique_fields": ["minute", "run", "model_id"],
+        "update_fields": ["run"],
+    },
 }
 
 

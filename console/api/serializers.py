@@ -56,6 +56,7 @@ class TenantSerializer(StrictSerializer):
             "name",
             "default_class",
             "is_active",
+            "weight",
             "concurrency_max",
             "created_at",
             "updated_at",

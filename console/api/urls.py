@@ -6,6 +6,7 @@ from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitVie
 from rest_framework.routers import SimpleRouter
 
 from console.api import views
+from console.api.costs import CostViewSet
 from console.api.decisions import DecisionViewSet
 from console.api.workers import WorkerViewSet
 from console.auth import operator_required
@@ -16,6 +17,7 @@ router.register("keys", views.KeyViewSet)
 router.register("slo-classes", views.SLOClassViewSet)
 router.register("quotas", views.QuotaViewSet)
 router.register("models", views.ModelViewSet)
+router.register("costs", CostViewSet, basename="cost")
 router.register("decisions", DecisionViewSet, basename="decision")
 router.register("workers", WorkerViewSet, basename="worker")
 

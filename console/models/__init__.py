@@ -1,6 +1,7 @@
 """Rows of the console, and the rules of one row."""
 
 from console.models.contracts import ContractRow
+from console.models.costs import CostMinute, GpuMinute
 from console.models.files import Batch, BatchLine, File
 from console.models.fleet import Model, PlanOrder, SLOClassRow, Worker, ensure_default_classes
 from console.models.idempotency import IdempotencyRecord
@@ -13,7 +14,9 @@ __all__ = [
     "Batch",
     "BatchLine",
     "ContractRow",
+    "CostMinute",
     "File",
+    "GpuMinute",
     "IdempotencyRecord",
     "Model",
     "PlanOrder",

@@ -37,6 +37,8 @@ class RequestRecord(models.Model):
     predicted_ttft_ms = models.FloatField(null=True)
     decision = models.JSONField(default=dict)  # controlplane.decisions.Explanation, or empty
     is_demo_history = models.BooleanField(default=False)
+    gpu_prefill_s = models.FloatField(default=0.0)  # worker seconds charged to it
+    gpu_decode_s = models.FloatField(default=0.0)
 
     class Meta:
         ordering = ["-arrived_at", "-id"]

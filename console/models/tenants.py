@@ -9,6 +9,7 @@ from console.models.fleet import SLOClassRow
 
 CONCURRENCY_MAX = 4096  # requests in flight that one tenant may be allowed
 CONCURRENCY_DEFAULT = 64
+WEIGHT_MAX = 1_000.0
 
 
 class Tenant(Versioned):
@@ -23,6 +24,11 @@ class Tenant(Versioned):
         help_text="serves requests without a service_tier",
     )
     is_active = models.BooleanField(default=True)
+    weight = models.FloatField(
+        default=1.0,
+        validators=[MinValueValidator(0.0), MaxValueValidator(WEIGHT_MAX)],
+        help_text="share of the GPUs where tenants wait for each other; 0: only what others leave",
+    )
 
     class Meta:
         ordering = ["slug"]

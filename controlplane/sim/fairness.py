@@ -2,8 +2,8 @@
 
 A victim runs beside a neighbour that fills the cluster to 70 % of its capacity, then beside the
 same neighbour at ten times that rate, with the same arrivals of its own. Both have contracts for
-what they send in the first arm. A third arm treats all requests of the flood alike: no contracts, one tenant;
-it shows what fairness costs in work done.
+what they send in the first arm. A third arm treats all requests of the flood alike: no contracts,
+one tenant; it shows what fairness costs in work done.
 """
 
 from collections.abc import Sequence

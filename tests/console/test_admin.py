@@ -54,6 +54,7 @@ def test_a_tenant_is_made_with_its_quota(operator: Client) -> None:
             "name": "Beta",
             "default_class": SLOClassRow.objects.get(name="standard").pk,
             "is_active": "on",
+            "weight": 2.5,
             "quota-TOTAL_FORMS": 1,
             "quota-INITIAL_FORMS": 0,
             "quota-0-concurrency_max": 5,

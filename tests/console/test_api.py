@@ -110,6 +110,7 @@ def test_a_tenant_is_made_changed_and_switched_off(api: Api) -> None:
         "name": "Beta",
         "default_class": "standard",
         "is_active": False,
+        "weight": 1.0,
         "concurrency_max": 9,
         "created_at": "",
         "updated_at": "",

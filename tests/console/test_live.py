@@ -252,14 +252,14 @@ def test_token_rates_follow_the_lanes_and_go_to_zero_when_load_stops():
     assert stand.frame()["counters"]["tokens_interactive"] == 30
 
 
-def test_dollars_come_from_the_busy_time_of_each_lane():
+def test_dollars_come_from_the_measured_time_of_each_lane_and_idle_time_is_interactive():
     stand = Stand()
     assert stand.frame()["usd_per_million"] == {"interactive": None, "batch": None}
     stand.stats.observe_load(LOAD, stand.now_s)
     stand.stats.observe_tokens(False, 1_000, stand.now_s)
     stand.stats.observe_tokens(True, 2_000, stand.now_s)
     usd = stand.frame()["usd_per_million"]
-    assert usd == {"interactive": pytest.approx(3.0), "batch": pytest.approx(0.5)}
+    assert usd == {"interactive": pytest.approx(3.5), "batch": pytest.approx(0.5)}
     stand.now_s += 61
     assert stand.frame()["usd_per_million"] == {"interactive": None, "batch": None}
 

@@ -35,6 +35,7 @@ def fact(request_id: str, **values: Any) -> RequestFact:
     fields |= dict.fromkeys((*texts, "prefill_worker", "decode_worker"), "")
     numbers = ("prompt_tokens", "cached_tokens", "output_tokens", "failovers")
     fields |= dict.fromkeys((*numbers, "handoff_bytes", "handoff_recomputed_tokens"), 0)
+    fields |= dict.fromkeys(("gpu_prefill_s", "gpu_decode_s"), 0.0)
     fields |= dict.fromkeys(("is_batch", "stream", "is_demo_history"), False)
     fields |= {
         "request_id": request_id,

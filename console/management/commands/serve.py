@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from django.db import connection
 
 from console import asgi, demo, livefeed, state
 from console.batches import BatchFeeder
+from console.costbook import CostBook
 from console.daphneserver import event_loop
 from console.fleet import Fleet
 from console.gateway import Gateway
@@ -237,6 +239,11 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
         clock=time.monotonic,
     )
     fleet.live = live
+    live.costs = CostBook(
+        writer.put,
+        lambda model_id: snapshot.current.gpu_hour_usd(model_id),
+        secrets.token_hex(8),
+    )
     gateway = Gateway(fleet, live, metrics, writer)
     snapshot.start()
     writer.start()
@@ -244,6 +251,7 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
         loop=event_loop(),
         fleet=fleet,
         gateway=gateway,
+        costs=live.costs,
         live=live,
         metrics=metrics,
         snapshot=snapshot,
