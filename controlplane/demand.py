@@ -51,6 +51,7 @@ class Arrival:
     at_s: float
     prefill_s: float  # predicted for the worker that computes it
     is_long: bool  # handing it off would serve
+    is_local: bool  # computed where it decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Window:
     num_long: int
     long_s: float  # seconds of prefill that long prompts asked for
     short_s: float
+    local_s: float  # of long_s: computed where they decode
 
 
 class Demand:
@@ -85,12 +87,17 @@ class Demand:
         self.ttft_ratio = Ratio(PRIORS.ttft)
 
     def admitted(
-        self, request: GenerateRequest, prefill_s: float, is_long: bool, now_s: float
+        self,
+        request: GenerateRequest,
+        prefill_s: float,
+        is_long: bool,
+        is_local: bool,
+        now_s: float,
     ) -> None:
         """A request was admitted."""
         self.advance(now_s)
         self._count += 1
-        self._arrivals.append(Arrival(now_s, prefill_s, is_long))
+        self._arrivals.append(Arrival(now_s, prefill_s, is_long, is_local))
         self._services.append((prefill_s, is_long))
         self._asked.append((request.prompt_tokens, request.output_tokens_max))
         self.all.add(1.0, now_s)
@@ -128,9 +135,14 @@ class Demand:
         since_s = now_s - self._config.plan_window_s
         while self._arrivals and self._arrivals[0].at_s <= since_s:
             self._arrivals.popleft()
-        long = [item.prefill_s for item in self._arrivals if item.is_long]
-        short_s = sum(item.prefill_s for item in self._arrivals if not item.is_long)
-        return Window(len(self._arrivals), len(long), sum(long), short_s)
+        long = [item for item in self._arrivals if item.is_long]
+        return Window(
+            num_requests=len(self._arrivals),
+            num_long=len(long),
+            long_s=sum(item.prefill_s for item in long),
+            short_s=sum(item.prefill_s for item in self._arrivals if not item.is_long),
+            local_s=sum(item.prefill_s for item in long if item.is_local),
+        )
 
     def dispersion(self) -> float:
         """Index of dispersion of counts over COUNT_S, at least 1 (Poisson). From differences of

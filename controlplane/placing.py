@@ -249,7 +249,8 @@ class Placer:
         else:  # nobody can take it now: what the workers that were asked would need
             prefill_s = min((row.prefill_s for row in found.candidates), default=0.0)
             uncached = found.uncached_tokens or request.prompt_tokens
-        self._planner.observe_request(now_s, request, prefill_s, uncached >= floor)
+        is_local = found.placement is not None and found.placement.split == "local"
+        self._planner.observe_request(now_s, request, prefill_s, uncached >= floor, is_local)
 
     def _dispatch(self, tracked: Tracked, placement: domain.Placement, uncached: int) -> None:
         request_id, epoch = tracked.request_id, tracked.epoch

@@ -79,12 +79,14 @@ class _Load:
     """One window: demand and busy in seconds per second, workers by side, requests."""
 
     demand: float
-    busy: float
+    busy: float  # of those that decode,
+    local: float  # and what of it long prompts asked for that were computed there
     prefill_speed: float  # of the prefill workers, in workers of the mean speed
     num_prefill: int
     num_decode: int
     num_requests: int
     num_long: int
+    need_decode: int  # workers for the sequences alone; as many as decode when nothing is known
 
     @property
     def can_spare_prefill(self) -> bool:
@@ -99,6 +101,8 @@ class _Load:
         if self.num_prefill == 1:
             return False
         with_one_less = self.prefill_speed * (1.0 - 1.0 / self.num_prefill)
+        if self.need_decode > self.num_decode and self.demand / with_one_less < PREFILL_BUSY:
+            return True
         is_spare = self.demand / with_one_less < PREFILL_SPARE
         return is_spare and self.busy / self.num_decode > DECODE_BUSY
 
@@ -110,8 +114,13 @@ class _Load:
         if self.num_prefill == 0:
             is_common = self.num_long >= LONG_COMMON * self.num_requests
             return is_common or self.demand > PREFILL_START
-        is_over = self.demand / self.prefill_speed > PREFILL_BUSY
-        return is_over and self.busy / (self.num_decode - 1) < DECODE_BUSY
+        if self.demand / self.prefill_speed <= PREFILL_BUSY:
+            return False
+        if self.busy / (self.num_decode - 1) < DECODE_BUSY:
+            return True
+        # Prompts that spill over keep decode workers busy too, and would go with the worker.
+        own = (self.busy - self.local) / (self.num_decode - 1)
+        return own < DECODE_BUSY and self.need_decode < self.num_decode
 
 
 @dataclass(slots=True)
@@ -127,13 +136,18 @@ class Planner:
     _swap_s: float = 0.0  # measured; 0: not yet
 
     def observe_request(
-        self, now_s: float, request: GenerateRequest, prefill_s: float, is_long: bool
+        self,
+        now_s: float,
+        request: GenerateRequest,
+        prefill_s: float,
+        is_long: bool,
+        is_local: bool,
     ) -> None:
-        """An online request was admitted."""
+        """An online request was admitted; `is_local`: all of it on one worker."""
         demand = self._demands.get(request.model_id)
         if demand is None:
             demand = self._demands[request.model_id] = Demand(self.config)
-        demand.admitted(request, prefill_s, is_long, now_s)
+        demand.admitted(request, prefill_s, is_long, is_local, now_s)
 
     def observe_ttft(self, model_id: str, predicted_s: float, actual_s: float) -> None:
         """The first token of a request is out."""
@@ -256,19 +270,27 @@ class Planner:
         prefillers = [worker for worker in live if worker.role == "prefill"]
         decoders = [worker for worker in live if worker.role != "prefill"]
         known = self._demands.get(model_id)
-        window = known.window(now_s) if known else Window(0, 0, 0.0, 0.0)
+        window = known.window(now_s) if known else Window(0, 0, 0.0, 0.0, 0.0)
         demand = window.long_s / window_s
         ids = {worker.worker_id for worker in decoders}
         busy = sum(seconds for _, worker_id, seconds in self._busy_s if worker_id in ids) / window_s
+        need = self._need_decode(known, window, decoders) if known else len(decoders)
         facts = (
             f"in {window_s:.0f} s {window.num_long} of {window.num_requests} prompts were long,"
             f" asking for {demand:.2f} s/s of prefill from {len(prefillers)} prefill workers;"
-            f" {len(decoders)} others were busy {busy:.2f} s/s"
+            f" {len(decoders)} others were busy {busy:.2f} s/s, sequences need {need}"
         )
         load = _Load(
-            demand, busy, _speed(prefillers, live), len(prefillers), len(decoders),
-            window.num_requests, window.num_long,
-        )  # fmt: skip
+            demand=demand,
+            busy=busy,
+            local=window.local_s / window_s,
+            prefill_speed=_speed(prefillers, live),
+            num_prefill=len(prefillers),
+            num_decode=len(decoders),
+            num_requests=window.num_requests,
+            num_long=window.num_long,
+            need_decode=need,
+        )
         if load.can_spare_prefill:
             return self._movers(now_s, prefillers, "decode", 1, len(live), facts)
         if load.is_short_of_prefill:
@@ -276,6 +298,19 @@ class Planner:
             missing = min(max(1, missing), len(decoders) - 1)
             return self._movers(now_s, decoders, "prefill", missing, len(live), facts)
         return []
+
+    def _need_decode(self, demand: Demand, window: Window, decoders: Sequence[Worker]) -> int:
+        """Workers for the window's sequences; as many as there are when their sizes or their
+        device are unknown."""
+        if not demand.has_sizes or not decoders:
+            return len(decoders)
+        return decode_workers(
+            demand.outputs(window.num_requests / self.config.plan_window_s),
+            decoders[0].step_model,
+            DECODE_SHARE * demand.itl_s,
+            decoders[0].kv_tokens,
+            demand.corrections(),
+        )
 
     def _movers(
         self, now_s: float, pool: Sequence[Worker], role: Role, count: int, size: int, facts: str

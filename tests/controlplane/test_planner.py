@@ -105,9 +105,16 @@ def test_overloaded_prefill_gets_one_more_when_decode_can_spare_it():
     assert flip.role_after == "prefill"
 
 
+def test_prompts_that_spill_over_do_not_make_decode_look_busy():
+    rig = cluster("prefill", "decode", "decode")
+    flips = run(rig, 85.0, lambda: 600, per_s=1.2, online_s=0.75)
+    assert [flip.role_after for flip in flips] == ["prefill"]
+    assert "sequences need 1" in flips[0].reason
+
+
 def test_overloaded_prefill_gets_none_when_decode_is_busy():
     rig = cluster("prefill", "decode", "decode")
-    assert run(rig, 55.0, lambda: 600, per_s=0.8, online_s=0.6) == []
+    assert run(rig, 55.0, lambda: 600, per_s=0.5, online_s=0.6) == []
 
 
 def test_busy_decode_takes_a_prefill_worker_that_the_others_can_replace():
