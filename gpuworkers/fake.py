@@ -54,6 +54,14 @@ PROFILES = {
         kv_bytes_per_token=131_072,
         load_s=8.0,  # 16 GB at 2 GB/s
     ),
+    "steady-20ms": Profile(  # for load tests: every step takes 20 ms, whatever is in it
+        protocol.DeviceFacts("modelled", "20 ms a step (modelled)", 1 << 36, 0, "bf16"),
+        protocol.StepModel(20e-3, 0.0, 0.0),
+        block_tokens=64,
+        num_blocks=12_800,
+        max_model_len=131_072,
+        kv_bytes_per_token=131_072,
+    ),
     "cpu-fast": Profile(  # for tests: quick, and small enough to fill
         protocol.DeviceFacts("modelled", "CPU (modelled)", 1 << 30, 0, "fp32"),
         protocol.StepModel(2e-3, 5e-6, 1e-9),

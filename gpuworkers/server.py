@@ -69,6 +69,11 @@ class Worker:
         self._change: asyncio.Task[None] | None = None  # of the model
         self._changing_to = ""
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether the console has this worker now."""
+        return self._link.is_joined
+
     async def run(self) -> None:
         """Until `stop`. Raises JoinRefused, or what broke the engine."""
         self._address = await self._handoffs.start(self._facts.handoff_bind)

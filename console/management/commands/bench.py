@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from django.core.management.base import BaseCommand, CommandParser
 
+from console import benchgateway
 from console.simprocess import SimFailed, run_module, simulate
 
 TOP = (
@@ -51,6 +52,9 @@ class Command(BaseCommand):
         kernels = kinds.add_parser("kernels", help="the CUDA kernels against the GPU's ceilings")
         kernels.add_argument("--json", action="store_true")
 
+        gateway = kinds.add_parser("gateway", help="what the gateway costs and adds")
+        gateway.add_argument("--json", action="store_true")
+        gateway.add_argument("--seconds", type=float, default=60.0, help="of streaming")
         router = kinds.add_parser("router", help="cost of a placement decision")
         router.add_argument("--json", action="store_true")
         router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
@@ -61,6 +65,8 @@ class Command(BaseCommand):
             self.kernels(options["json"])
         elif options["kind"] == "router":
             self.router(options)
+        elif options["kind"] == "gateway":
+            self.gateway(options)
         elif options["kind"] == "engine":
             self.on_model("gpuworkers.bench", [], options)
         elif options["engine"] == "cpu":
@@ -109,6 +115,18 @@ class Command(BaseCommand):
             self.fail(f"kernels.bench ended with {done.returncode} and no answer")
         if done.returncode != 0:
             sys.exit(1)
+
+    def gateway(self, options: dict[str, Any]) -> None:
+        """A server of its own under load of modelled workers and checked clients."""
+        try:
+            answer = benchgateway.run(options["seconds"], self.stderr.write)
+        except benchgateway.BenchFailed as error:
+            self.fail(str(error))
+        if options["json"]:
+            self.stdout.write(json.dumps(answer))
+            return
+        for name, value in answer.items():
+            self.stdout.write(f"{name:28} {_figures(value)}")
 
     def coserve(self, options: dict[str, Any]) -> None:
         arguments = ["coserve"]
