@@ -191,16 +191,22 @@ class BoundedRequest(WebRequest):
         For the time between http.response.start and the last http.response.body. The bytes go
         straight to the socket when nothing waits before them. Returns in silence when the client
         has gone, as `send` does."""
+        if not self.push(data):
+            await self.wait_writable()
+
+    def push(self, data: bytes) -> bool:
+        """Write without waiting; False when the reader is behind, and `wait_writable` is due.
+
+        The extension PUSH_EXTENSION of the scope."""
         if self.finished or self._disconnected or self.channel is None:
-            return
+            return True
         if not self.startedWriting:
             self.write(data)  # headers first
         elif data:
             frame = b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
             self.sentLength += len(data)
             write_to_transport(self.channel.transport, frame)
-        if not self.writable.is_set():
-            await self.wait_writable()
+        return self.writable.is_set()
 
     # --- answers that no application gave ---------------------------------------------------
 

@@ -27,6 +27,7 @@ BACKLOG = 2048
 WEBSOCKET_POLL_S = 0.02
 WRITE_EXTENSION = "slackwater.write"  # scope["extensions"]: async (data: bytes) -> None
 
+PUSH_EXTENSION = "slackwater.push"  # scope["extensions"]: (data: bytes) -> whether to go on
 UPLOAD_EXTENSION = "slackwater.upload"  # scope["extensions"]: a binary file, the whole body
 
 
@@ -86,7 +87,10 @@ class BoundedServer(daphne.server.Server):
 
     def create_application(self, protocol: Any, scope: dict[str, Any]) -> Any:
         if isinstance(protocol, BoundedRequest):
-            scope["extensions"] = {WRITE_EXTENSION: protocol.write_now}
+            scope["extensions"] = {
+                WRITE_EXTENSION: protocol.write_now,
+                PUSH_EXTENSION: protocol.push,
+            }
             if protocol.upload is not None:
                 scope["extensions"][UPLOAD_EXTENSION] = protocol.upload
         return super().create_application(protocol, scope)

@@ -9,7 +9,7 @@ from typing import Any
 
 from console.apierrors import ApiError
 from console.caps import BODY_BYTES_MAX
-from console.daphneserver import WRITE_EXTENSION
+from console.daphneserver import PUSH_EXTENSION, WRITE_EXTENSION
 from console.sse import PING
 
 BODY_S_MAX = 120.0  # 4 MiB at the server's slowest allowed pace
@@ -114,11 +114,23 @@ class EventWriter:
         self._exchange = exchange
         extensions = exchange.scope.get("extensions") or {}
         self._write_now = extensions.get(WRITE_EXTENSION)
+        self._push = extensions.get(PUSH_EXTENSION)
         self._written_at_s = time.monotonic()
 
     @property
     def is_open(self) -> bool:
         return self._exchange.is_started
+
+    @property
+    def can_push(self) -> bool:
+        """Whether `push` may be used: the server writes directly and the headers are out."""
+        return self._push is not None and self.is_open
+
+    def push(self, data: bytes) -> bool:
+        """Write at once; False when the reader is behind: then `write` waits for it."""
+        assert self._push is not None
+        self._written_at_s = time.monotonic()
+        return bool(self._push(data))
 
     def add_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
         """For an answer that the exchange gives instead of a stream."""

@@ -242,13 +242,13 @@ class Fleet:
             self._held[live.request_id] = tokens
             return
         self._release(live)
-        live.events.put_nowait(tokens)
+        live.events.put(tokens)
 
     def _release(self, live: LiveRequest) -> None:
         """Decoding begins, the transfer has failed, or later ids are here already."""
         held = self._held.pop(live.request_id, None)
         if held is not None:
-            live.events.put_nowait(held)
+            live.events.put(held)
 
     def _has_all_ids(self, request_id: str) -> bool:
         live = self.requests.get(request_id)
@@ -428,4 +428,4 @@ class Fleet:
         if isinstance(decided.outcome, domain.Placed):
             live.placement, live.epoch = decided.outcome.placement, decided.outcome.epoch
         self._release(live)
-        live.events.put_nowait(decided)
+        live.events.put(decided)

@@ -19,8 +19,10 @@ from console.facts import RequestStatus
 from console.generation import (
     Completion,
     Delta,
+    Event,
     GenerateSpec,
     LiveRequest,
+    Mailbox,
     Refusal,
     Tokens,
     Usage,
@@ -93,87 +95,20 @@ class Gateway:
         self, spec: GenerateSpec, live: LiveRequest | None = None
     ) -> AsyncGenerator[Delta | Refusal, None]:
         """See the module's docstring. `live` from `prepare`, for a caller that reads it too."""
-        live = self.prepare(spec) if live is None else live
-        progress = self._begin(spec)
-        text = OutputText(spec.tokenizer, spec.stop, spec.sampling.output_tokens_min)
-        is_settled = False
-        abandoned: Literal["failed", "cancelled"] = "failed"
-        self._fleet.submit(live)
+        generation = self.begin(spec, live)
         try:
-            while True:
-                token_ids, end, rejected = await self._next(live, progress)
-                if token_ids or end is not None:
-                    delta = self._delta(spec, live, progress, text, token_ids, end)
-                    if delta.finish_reason is not None:
-                        is_settled = True
-                        self._finish(live, progress, "completed")
-                        self._settle(spec, live, progress, "completed", delta.finish_reason)
-                        yield delta
-                        return
-                    yield delta
-                if rejected is not None:
-                    is_settled = True
-                    self._finish(live, progress, "failed")
-                    status = status_of(rejected, progress)
-                    self._settle(spec, live, progress, status, "", rejected.code)
-                    yield Refusal(rejected)
-                    return
+            while not generation.is_over:
+                for item in await generation.next():
+                    yield item
         except (GeneratorExit, asyncio.CancelledError):
-            abandoned = "cancelled"
+            generation.cancel()
             raise
         finally:
-            if not is_settled:
-                self._finish(live, progress, abandoned)
-                self._settle(spec, live, progress, abandoned)
+            generation.close()
 
-    def _finish(self, live: LiveRequest, progress: Progress, status: str) -> None:
-        live.delivered_tokens = progress.output_tokens
-        live.itl_s_p99 = progress.itl_s_p99
-        self._fleet.finished(live, status)
-
-    async def _next(
-        self, live: LiveRequest, progress: Progress
-    ) -> tuple[list[int], str | None, domain.Rejected | None]:
-        """Wait for one event and take what else is there: (ids, finish reason, rejection)."""
-        token_ids: list[int] = []
-        event = await live.events.get()
-        while True:
-            if isinstance(event, Tokens):
-                token_ids += event.token_ids
-                if event.finish_reason is not None:
-                    return token_ids, event.finish_reason, None
-            elif isinstance(event.outcome, domain.Rejected):
-                return token_ids, None, event.outcome
-            elif isinstance(event.outcome, domain.Placed) and progress.placed_at_s is None:
-                progress.placed_at_s = self._fleet.now_s()
-            if token_ids and (live.events.empty() or len(token_ids) >= MERGE_TOKENS_MAX):
-                return token_ids, None, None
-            event = await live.events.get()
-
-    def _delta(
-        self,
-        spec: GenerateSpec,
-        live: LiveRequest,
-        progress: Progress,
-        text: OutputText,
-        token_ids: list[int],
-        end: str | None,
-    ) -> Delta:
-        """What the ids add to the output; with a reason and usage when it is complete."""
-        piece = text.feed(token_ids, is_last=end is not None)
-        kept = token_ids[: piece.num_ids]
-        seq = progress.output_tokens
-        if kept:
-            self._observe(spec, live, progress, len(kept))
-        finish_reason = "stop" if piece.is_stopped else end
-        usage = None
-        if finish_reason is not None:
-            usage = Usage(len(spec.prompt_ids), progress.output_tokens, live.cached_tokens)
-        logprobs: tuple[protocol.TokenLogprobs | None, ...] = ()
-        if spec.sampling.logprobs is not None:
-            known = live.journal.logprobs
-            logprobs = tuple(known.get(index) for index in range(seq, seq + len(kept)))
-        return Delta(piece.text, seq, kept, finish_reason, usage, logprobs)
+    def begin(self, spec: GenerateSpec, live: LiveRequest | None = None) -> "Generation":
+        """Submit a request. The caller takes its items and calls `close` whatever happens."""
+        return Generation(self, spec, self.prepare(spec) if live is None else live)
 
     async def collect(
         self, spec: GenerateSpec, live: LiveRequest | None = None
@@ -239,49 +174,129 @@ class Gateway:
             ),
             salt=salt,
             journal=Journal(sampling.output_tokens_max),
-            events=asyncio.Queue(sampling.output_tokens_max + EVENTS_SLACK),
+            events=Mailbox(sampling.output_tokens_max + EVENTS_SLACK),
         )
 
-    def _begin(self, spec: GenerateSpec) -> Progress:
+
+class Generation:
+    """One running request of a gateway, without any waiting of its own.
+
+    Events go in, deltas come out; it is settled, that is counted and stored, before its last item
+    is given. `close` settles what was left unfinished."""
+
+    def __init__(self, gateway: Gateway, spec: GenerateSpec, live: LiveRequest) -> None:
+        self.live = live
+        self.is_over = False
+        self._gateway = gateway
+        self._fleet = gateway._fleet
+        self._stats = gateway._live
+        self._metrics = gateway._metrics
+        self._spec = spec
+        self._text = OutputText(spec.tokenizer, spec.stop, spec.sampling.output_tokens_min)
+        self._abandoned: Literal["failed", "cancelled"] = "failed"
         now_s = self._fleet.now_s()
         arrived_at_s = now_s if spec.arrived_at_s is None else spec.arrived_at_s
-        return Progress(
+        self._progress = Progress(
             arrived_at_s=arrived_at_s,
             arrived_at=datetime.now(UTC) - timedelta(seconds=now_s - arrived_at_s),
         )
+        self._fleet.submit(live)
 
-    def _observe(
-        self, spec: GenerateSpec, live: LiveRequest, progress: Progress, num_ids: int
-    ) -> None:
+    async def next(self) -> list[Delta | Refusal]:
+        """Items of the next event; of several, when a slow reader let ids gather."""
+        event: Event | None = await self.live.events.take()
+        token_ids: list[int] = []
+        while isinstance(event, Tokens) and event.finish_reason is None:
+            token_ids += event.token_ids
+            if len(token_ids) >= MERGE_TOKENS_MAX:
+                event = None
+                break
+            event = self.live.events.take_now()
+        if isinstance(event, Tokens):
+            return self.take(Tokens(token_ids + event.token_ids, event.finish_reason))
+        items = self.take(Tokens(token_ids, None)) if token_ids else []
+        return items if event is None else items + self.take(event)
+
+    def take(self, event: Event) -> list[Delta | Refusal]:
+        """What one event adds to the output: at most a delta, or how the request was refused."""
+        assert not self.is_over, self.live.request_id
+        if isinstance(event, Tokens):
+            return self._take_tokens(event.token_ids, event.finish_reason)
+        if isinstance(event.outcome, domain.Rejected):
+            rejected = event.outcome
+            self._settle("failed", status_of(rejected, self._progress), "", rejected.code)
+            return [Refusal(rejected)]
+        if isinstance(event.outcome, domain.Placed) and self._progress.placed_at_s is None:
+            self._progress.placed_at_s = self._fleet.now_s()
+        return []
+
+    def cancel(self) -> None:
+        """Nobody wants the rest; `close` then settles the request as cancelled."""
+        self._abandoned = "cancelled"
+
+    def close(self) -> None:
+        """The end of every use; does nothing when the request has ended by itself."""
+        self.live.events.sink = None
+        if not self.is_over:
+            self._settle(self._abandoned, self._abandoned)
+
+    def _take_tokens(self, token_ids: list[int], end: str | None) -> list[Delta | Refusal]:
+        spec, progress = self._spec, self._progress
+        piece = self._text.feed(token_ids, is_last=end is not None)
+        kept = token_ids[: piece.num_ids]
+        seq = progress.output_tokens
+        if kept:
+            self._observe(len(kept))
+        finish_reason = "stop" if piece.is_stopped else end
+        logprobs: tuple[protocol.TokenLogprobs | None, ...] = ()
+        if spec.sampling.logprobs is not None:
+            known = self.live.journal.logprobs
+            logprobs = tuple(known.get(index) for index in range(seq, seq + len(kept)))
+        if finish_reason is None:
+            return [Delta(piece.text, seq, kept, None, None, logprobs)]
+        self._settle("completed", "completed", finish_reason)
+        usage = Usage(len(spec.prompt_ids), progress.output_tokens, self.live.cached_tokens)
+        return [Delta(piece.text, seq, kept, finish_reason, usage, logprobs)]
+
+    def _observe(self, num_ids: int) -> None:
         """Latency as the client sees it: to the first delta, then between deltas."""
+        spec, progress = self._spec, self._progress
         now_s = self._fleet.now_s()
         if progress.first_at_s is None:
             progress.first_at_s = now_s
             ttft_s = now_s - progress.arrived_at_s
-            self._fleet.first_token(live, ttft_s)
-            self._live.observe_ttft(spec.slo.name, ttft_s)
+            self._fleet.first_token(self.live, ttft_s)
+            self._stats.observe_ttft(spec.slo.name, ttft_s)
             self._metrics.observe_ttft(spec.slo.name, ttft_s)
         else:
             gap_s = now_s - progress.last_at_s
             progress.gaps_s.append(gap_s)
-            self._live.observe_itl(spec.slo.name, gap_s)
+            self._stats.observe_itl(spec.slo.name, gap_s, now_s)
             self._metrics.observe_itl(spec.slo.name, gap_s)
         progress.last_at_s = now_s
         progress.output_tokens += num_ids
-        self._live.observe_tokens(spec.is_batch, num_ids, now_s)
+        self._stats.observe_tokens(spec.is_batch, num_ids, now_s)
 
     def _settle(
-        self,
-        spec: GenerateSpec,
-        live: LiveRequest,
-        progress: Progress,
-        status: RequestStatus,
-        finish_reason: str = "",
-        error_code: str = "",
+        self, fate: str, status: RequestStatus, finish_reason: str = "", error_code: str = ""
     ) -> None:
-        """Count and store a request that has just ended."""
-        now_s, explanation = self._fleet.now_s(), self._fleet.explain(live.request_id)
-        fact = fact_of(spec, live, progress, explanation, now_s, status, finish_reason, error_code)
-        self._live.observe_request(fact)
+        """Tell the fleet, count and store a request that has just ended."""
+        self.is_over = True
+        live, progress, fleet = self.live, self._progress, self._fleet
+        live.events.sink = None
+        live.delivered_tokens = progress.output_tokens
+        live.itl_s_p99 = progress.itl_s_p99
+        fleet.finished(live, fate)
+        fact = fact_of(
+            self._spec,
+            live,
+            progress,
+            fleet.explain(live.request_id),
+            fleet.now_s(),
+            status,
+            finish_reason,
+            error_code,
+        )
+        self._stats.observe_request(fact)
         self._metrics.observe_fact(fact)
-        self._writer.put(fact)
+        self._gateway._writer.put(fact)

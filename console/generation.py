@@ -1,7 +1,7 @@
 """What passes between `/v1`, gateway and fleet: a generation's spec, its events, its output."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from console.facts import Endpoint
@@ -20,6 +20,35 @@ class Tokens:
     finish_reason: protocol.FinishReason | None
 
 
+Event = Tokens | domain.Decided
+
+
+class Mailbox:
+    """Events of one request, in order: given to `sink` at once while there is one, else queued.
+
+    Handing a token on without waking a task is most of what a token would cost otherwise. A sink
+    must not raise. Not thread-safe: the event loop only."""
+
+    __slots__ = ("_queue", "sink")
+
+    def __init__(self, size_max: int) -> None:
+        self._queue: asyncio.Queue[Event] = asyncio.Queue(size_max)
+        self.sink: Callable[[Event], None] | None = None
+
+    def put(self, event: Event) -> None:
+        if self.sink is not None:
+            self.sink(event)
+        else:
+            self._queue.put_nowait(event)
+
+    async def take(self) -> Event:
+        return await self._queue.get()
+
+    def take_now(self) -> Event | None:
+        """The next event when it is here already."""
+        return None if self._queue.empty() else self._queue.get_nowait()
+
+
 @dataclass(slots=True)
 class LiveRequest:
     """A running request: what the fleet needs to dispatch it, and where its events go.
@@ -33,7 +62,7 @@ class LiveRequest:
     targets: protocol.ClassTargets
     salt: bytes
     journal: Journal
-    events: "asyncio.Queue[Tokens | domain.Decided]"
+    events: Mailbox
     epoch: int = 0
     progressed_epoch: int = 0  # the plane knows that this epoch has given an id
     placement: domain.Placement | None = None

@@ -5,6 +5,7 @@ the class's own target as a boundary, so "p99 within target" is exact and not a 
 interpolation. A value without data is None, never NaN and never a stale number.
 """
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from controlplane import domain, protocol
 
 WINDOW_S = 60  # percentiles, attainment and cost
 RATE_WINDOW_S = 10  # tokens per second
+LOOK_S = 1.0  # how soon a changed class counts for the gaps of running streams
 CLASSES_MAX = 64  # classes with statistics at one time; operators define classes
 
 
@@ -30,9 +32,9 @@ class WindowSums:
         self._slots: deque[tuple[int, list[float]]] = deque()  # (second, sums), oldest first
 
     def add(self, column: int, amount: float, now_s: float) -> None:
-        self.expire(now_s)
         second = int(now_s)
         if not self._slots or self._slots[-1][0] < second:
+            self.expire(now_s)
             self._slots.append((second, [0] * len(self.totals)))
         self._slots[-1][1][column] += amount
         self.totals[column] += amount
@@ -141,6 +143,7 @@ class LiveStats:
         self._gpu_hour_usd = gpu_hour_usd
         self._clock = clock
         self._by_class: dict[str, ClassStats] = {}
+        self._looked_until_s = -math.inf
         self._rates = WindowSums(2, RATE_WINDOW_S)  # output tokens: interactive, batch
         self._tokens = WindowSums(2, WINDOW_S)  # the same over the cost window
         self._busy_s = WindowSums(2, WINDOW_S)  # worker seconds that each lane pays for
@@ -179,10 +182,14 @@ class LiveStats:
         if stats is not None:
             stats.ttft.observe(ttft_s, self._clock())
 
-    def observe_itl(self, class_name: str, itl_s: float) -> None:
-        stats = self._stats(class_name)
+    def observe_itl(self, class_name: str, itl_s: float, now_s: float) -> None:
+        """Once for each token: looks at the classes again only after a second."""
+        stats = self._by_class.get(class_name)
+        if stats is None or now_s >= self._looked_until_s:
+            self._looked_until_s = now_s + LOOK_S
+            stats = self._stats(class_name)
         if stats is not None:
-            stats.itl.observe(itl_s, self._clock())
+            stats.itl.observe(itl_s, now_s)
 
     def observe_load(self, load: protocol.WorkerLoad, now_s: float) -> None:
         """A worker reported how it spent its time since its last report. Interactive work pays for

@@ -4,12 +4,17 @@ Counters of requests, tokens and handoffs rise when a request's fact is settled,
 the page of metrics and the table of requests always count the same things.
 """
 
+from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from console.costs import CostLine, Key
 from console.facts import RequestFact
@@ -33,6 +38,36 @@ QUEUE_BUCKETS_S = (
 HANDOFF_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 COST_SERIES_MAX = 256  # tenants × models × classes in `/metrics`
 LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+class ClassHistogram(Collector):
+    """A histogram by SLO class that costs one bisection a value: it is asked for every token.
+
+    prometheus_client's own looks for its bucket from the first on, under two locks. Values come on
+    the event loop only; a scrape in another thread may miss the newest."""
+
+    def __init__(self, name: str, text: str, bounds_s: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds_s = tuple(bounds_s)
+        self._counts: dict[str, list[int]] = {}  # by class; bounded by LiveStats' classes
+        self._sums_s: dict[str, float] = {}
+
+    def observe(self, class_name: str, value_s: float) -> None:
+        counts = self._counts.get(class_name)
+        if counts is None:
+            counts = self._counts[class_name] = [0] * (len(self._bounds_s) + 1)
+            self._sums_s[class_name] = 0.0
+        counts[bisect_left(self._bounds_s, value_s)] += 1
+        self._sums_s[class_name] += value_s
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["slo_class"])
+        bounds = [*map(floatToGoString, self._bounds_s), "+Inf"]
+        for class_name, counts in list(self._counts.items()):
+            buckets = list(zip(bounds, accumulate(counts), strict=True))
+            family.add_metric([class_name], buckets, self._sums_s[class_name])
+        yield family
 
 
 class Metrics:
@@ -78,20 +113,14 @@ class Metrics:
             buckets=HANDOFF_BUCKETS_S,
             **common,
         )
-        self.ttft_seconds = Histogram(
-            "slackwater_ttft_seconds",
-            "Time to first token",
-            ["slo_class"],
-            buckets=TTFT_BUCKETS_S,
-            **common,
+        self.ttft_seconds = ClassHistogram(
+            "slackwater_ttft_seconds", "Time to first token", TTFT_BUCKETS_S
         )
-        self.itl_seconds = Histogram(
-            "slackwater_itl_seconds",
-            "Time between output tokens",
-            ["slo_class"],
-            buckets=ITL_BUCKETS_S,
-            **common,
+        self.itl_seconds = ClassHistogram(
+            "slackwater_itl_seconds", "Time between output tokens", ITL_BUCKETS_S
         )
+        self.registry.register(self.ttft_seconds)
+        self.registry.register(self.itl_seconds)
         self.queue_wait_seconds = Histogram(
             "slackwater_queue_wait_seconds",
             "Wait before dispatch",
@@ -180,10 +209,10 @@ class Metrics:
             self.batch_lines.labels(fact.status).inc()
 
     def observe_ttft(self, class_name: str, ttft_s: float) -> None:
-        self.ttft_seconds.labels(class_name).observe(ttft_s)
+        self.ttft_seconds.observe(class_name, ttft_s)
 
     def observe_itl(self, class_name: str, itl_s: float) -> None:
-        self.itl_seconds.labels(class_name).observe(itl_s)
+        self.itl_seconds.observe(class_name, itl_s)
 
     def set_workers(self, workers: tuple[domain.WorkerView, ...]) -> None:
         """Replace the worker gauge, so that a state nobody is in any more disappears."""

@@ -61,6 +61,7 @@ PROFILES = {
         num_blocks=12_800,
         max_model_len=131_072,
         kv_bytes_per_token=131_072,
+        load_s=5.0,
     ),
     "cpu-fast": Profile(  # for tests: quick, and small enough to fill
         protocol.DeviceFacts("modelled", "CPU (modelled)", 1 << 30, 0, "fp32"),

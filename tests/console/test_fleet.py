@@ -1,11 +1,9 @@
 """Fleet: joins, dispatch, delivery through the journal, gaps, moves, what is stored."""
 
-import asyncio
-
 from console import jointokens
 from console.facts import PlanFact
 from console.fleet import CLOSE_RESTARTING, LINKS_MAX, RESEND_AFTER_S, STALLED_AFTER_S, Fleet
-from console.gateway import LiveRequest, Tokens
+from console.generation import LiveRequest, Mailbox, Tokens
 from console.journal import Journal
 from console.metrics import Metrics
 from console.transport import MemoryLink
@@ -56,7 +54,7 @@ class Rig:
             targets=protocol.ClassTargets("interactive", 0, 4.0, 0.2),
             salt=b"salt",
             journal=Journal(output_tokens_max),
-            events=asyncio.Queue(output_tokens_max + 64),
+            events=Mailbox(output_tokens_max + 64),
         )
         self.fleet.submit(live)
         return live
@@ -80,8 +78,8 @@ class Rig:
 def events(live):
     """What the gateway would read now."""
     found = []
-    while not live.events.empty():
-        found.append(live.events.get_nowait())
+    while (event := live.events.take_now()) is not None:
+        found.append(event)
     return found
 
 

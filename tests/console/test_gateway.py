@@ -161,7 +161,11 @@ async def test_prepared_request_names_the_blocks_of_its_prompt_under_the_tenants
     assert len(hashes) == 2
     other = replace(spec, tenant=replace(TENANT, salt=b"other"))
     assert server.gateway.prepare(other).request.block_hashes[0] != hashes[0]
-    assert live.events.maxsize == spec.sampling.output_tokens_max + EVENTS_SLACK
+    size_max = spec.sampling.output_tokens_max + EVENTS_SLACK
+    for _ in range(size_max):
+        live.events.put(Tokens([1], None))
+    with pytest.raises(asyncio.QueueFull):
+        live.events.put(Tokens([1], None))
     assert live.request_id.startswith("g1-")
 
 
@@ -195,7 +199,7 @@ async def test_request_that_waited_too_long_is_expired():
     await asyncio.sleep(0)
     rejected = domain.Rejected("queue_timeout", "waited 30 s", 1.0)
     record = domain.DecisionRecord(live.request_id, 1, "rejected", "r", "", 30.0, 3, 0, None)
-    live.events.put_nowait(domain.Decided(live.request_id, rejected, record))
+    live.events.put(domain.Decided(live.request_id, rejected, record))
     assert await first == Refusal(rejected)
     await stream.aclose()
     assert [fact.status for fact in server.request_facts()] == ["expired"]
@@ -205,5 +209,4 @@ async def test_events_of_a_slow_reader_fit_even_one_at_a_time():
     server = MemoryServer("x" * 100)
     live = server.gateway.prepare(make_spec())
     for _ in range(live.sampling.output_tokens_max):
-        live.events.put_nowait(Tokens([1], None))
-    assert not live.events.full()
+        live.events.put(Tokens([1], None))  # raises when it does not fit

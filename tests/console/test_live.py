@@ -177,7 +177,9 @@ def test_class_within_its_targets_is_ok_however_wide_the_bucket():
     stand = Stand()
     for _ in range(200):
         stand.stats.observe_ttft("standard", 0.499)  # the bucket of /metrics is (0.25, 0.5]
-        stand.stats.observe_itl("standard", 0.059)  # and (0.05, 0.075], wider than the target
+        stand.stats.observe_itl(
+            "standard", 0.059, stand.now_s
+        )  # and (0.05, 0.075], wider than the target
     row = stand.row()
     assert row["status"] == "ok"
     assert row["itl_ms_p99"] <= 60.0
@@ -194,7 +196,7 @@ def test_class_is_missed_when_more_than_one_in_a_hundred_is_late(num_late, statu
 def test_percentiles_leave_with_their_window():
     stand = Stand()
     stand.stats.observe_ttft("standard", 0.1)
-    stand.stats.observe_itl("standard", 0.01)
+    stand.stats.observe_itl("standard", 0.01, stand.now_s)
     assert stand.row()["ttft_ms_p50"] is not None
     stand.now_s += 61
     assert stand.row()["status"] == "no_data"
@@ -224,7 +226,7 @@ def test_changed_target_begins_new_statistics():
 def test_unknown_class_is_not_kept():
     stand = Stand()
     stand.stats.observe_ttft("gone", 0.1)
-    stand.stats.observe_itl("gone", 0.1)
+    stand.stats.observe_itl("gone", 0.1, stand.now_s)
     stand.stats.observe_request(fact(class_name="gone"))
     assert [row["name"] for row in stand.frame()["classes"]] == ["standard", "batch"]
     assert stand.frame()["counters"]["requests_total"] == 1

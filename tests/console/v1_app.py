@@ -4,6 +4,8 @@ Prints its port and an API key. Prompts that contain `fail` lose their worker af
 others are answered with TEXT.
 """
 
+import asyncio
+
 import django
 
 django.setup()
@@ -23,12 +25,20 @@ def script(assign):
     return ids
 
 
+async def tick(fleet):
+    """As the serving process does: what waits is tried again."""
+    while True:
+        await asyncio.sleep(0.05)
+        fleet.tick()
+
+
 def main():
     def ready():
         server = MemoryServer()
         server.worker.script = script
         server.services.v1_requests = 0
         state.current = server.services
+        server.ticking = asyncio.ensure_future(tick(server.fleet))
         print(daphne.listening_addresses[0][1], KEY.text, flush=True)
 
     daphne = BoundedServer(application, "127.0.0.1", 0, ready, Limits())
