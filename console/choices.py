@@ -39,6 +39,9 @@ async def collect(
     gateway: Gateway, specs: list[GenerateSpec], lives: list[LiveRequest]
 ) -> list[Completion] | Refusal:
     """All outputs whole; cancelling the task cancels every generation."""
+    if len(specs) == 1:
+        outcome = await gateway.collect(specs[0], lives[0])
+        return outcome if isinstance(outcome, Refusal) else [outcome]
     tasks = [
         asyncio.ensure_future(gateway.collect(spec, live))
         for spec, live in zip(specs, lives, strict=True)

@@ -114,30 +114,27 @@ class Gateway:
         self, spec: GenerateSpec, live: LiveRequest | None = None
     ) -> Completion | Refusal:
         """The whole output at once; cancelling the task cancels the request."""
-        live = self.prepare(spec) if live is None else live
-        texts: list[str] = []
-        token_ids: list[int] = []
-        logprobs: list[protocol.TokenLogprobs | None] = []
-        stream = self.generate(spec, live)
+        generation = self.begin(spec, live)
         try:
-            async for item in stream:
-                if isinstance(item, Refusal):
-                    return item
-                texts.append(item.text)
-                token_ids += item.token_ids
-                logprobs += item.logprobs
-                if item.finish_reason is not None and item.usage is not None:
-                    return Completion(
-                        live.request_id,
-                        "".join(texts),
-                        token_ids,
-                        item.finish_reason,
-                        item.usage,
-                        logprobs,
-                    )
+            items = await generation.rest()
+        except asyncio.CancelledError:
+            generation.cancel()
+            raise
         finally:
-            await stream.aclose()
-        raise AssertionError(f"request {live.request_id} ended without an outcome")
+            generation.close()
+        if isinstance(items[-1], Refusal):
+            return items[-1]
+        deltas = [item for item in items if isinstance(item, Delta)]
+        reason, usage = deltas[-1].finish_reason, deltas[-1].usage
+        assert reason is not None and usage is not None, generation.live.request_id
+        return Completion(
+            generation.live.request_id,
+            "".join(delta.text for delta in deltas),
+            [token_id for delta in deltas for token_id in delta.token_ids],
+            reason,
+            usage,
+            [entry for delta in deltas for entry in delta.logprobs],
+        )
 
     def prepare(self, spec: GenerateSpec) -> LiveRequest:
         """The live request of a spec, not yet submitted."""
@@ -216,6 +213,28 @@ class Generation:
             return self.take(Tokens(token_ids + event.token_ids, event.finish_reason))
         items = self.take(Tokens(token_ids, None)) if token_ids else []
         return items if event is None else items + self.take(event)
+
+    async def rest(self) -> list[Delta | Refusal]:
+        """All items up to the last, with one wake-up for all of them."""
+        items: list[Delta | Refusal] = []
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        mailbox = self.live.events
+
+        def sink(event: Event) -> None:
+            try:
+                items.extend(self.take(event))
+                if self.is_over:
+                    over.set_result(None)
+            except Exception as error:  # a bug must end this request, not the worker's link
+                mailbox.sink = None
+                over.set_exception(error)
+
+        while not over.done() and (event := mailbox.take_now()) is not None:
+            sink(event)
+        if not over.done():
+            mailbox.sink = sink
+            await over
+        return items
 
     def take(self, event: Event) -> list[Delta | Refusal]:
         """What one event adds to the output: at most a delta, or how the request was refused."""
