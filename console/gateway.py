@@ -27,7 +27,6 @@ from console.generation import (
     Tokens,
     Usage,
 )
-from console.journal import Journal
 from console.live import LiveStats
 from console.metrics import Metrics
 from console.settling import Progress, fact_of, status_of
@@ -35,6 +34,7 @@ from console.stops import OutputText
 from console.writer import FactWriter
 from controlplane import domain, protocol
 from controlplane.decisions import Explanation
+from controlplane.journal import Journal
 from controlplane.ledger import RateView
 
 HASH_BLOCK_TOKENS = 16  # of the router's prefix index; workers' blocks are multiples of it

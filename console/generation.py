@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from console.facts import Endpoint
-from console.journal import Journal
 from console.snapshot import TenantFacts
 from console.tokens import ModelTokenizer
 from console.tools import NO_TOOLS, ToolPlan
 from controlplane import domain, protocol
+from controlplane.journal import Journal
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
 """A cluster in virtual time: the real ControlPlane, modelled workers, and links that can fail.
 
-It plays the driver (console/fleet.py) and the gateway: it carries out commands, keeps a journal per
-request, and asserts at once when an id is repeated, skipped or wrong.
+It plays the driver (console/fleet.py): it carries out commands and delivers messages. The gateway
+and its clients are in clients.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -15,14 +15,14 @@ from controlplane.config import ControlPlaneConfig
 from controlplane.invariants import Watch
 from controlplane.plane import ControlPlane
 from controlplane.sim import laws
+from controlplane.sim.clients import Clients, Stream
 from controlplane.sim.events import Events
-from controlplane.sim.worker import Key, ModelledWorker, output_id
+from controlplane.sim.worker import Key, ModelledWorker
 
 TICK_S = 0.1
 HEARTBEAT_S = 1.0
 MESSAGE_S_MAX = 0.02
 TRANSFER_BYTES_S = 1e9
-RESEND_S, STALLED_S = 0.5, 2.0  # console/fleet.py
 RESTART_S = 2.0  # of a worker process that died by itself
 SCAN_EVERY = 100  # events
 POISON_KILLS_MAX = 2
@@ -37,22 +37,6 @@ class Frames:
     reordered: float = 0.0
     delayed: float = 0.0
     delay_s_max: float = 0.5
-
-
-@dataclass(slots=True)
-class Stream:
-    """A client's request: what it was given so far, and its one end."""
-
-    request: domain.GenerateRequest
-    prompt_ids: list[int]
-    tokens: int  # of its true output, at which a stop string ends it; nobody else knows
-    epoch: int = 0
-    ids: list[int] = field(default_factory=list)
-    end: str = ""
-    seen_tokens: int = 0  # a report has spoken of ids up to here
-    is_gap_watched: bool = False
-    progressed_epoch: int = 0
-    decode_worker: str = ""
 
 
 @dataclass(slots=True)
@@ -88,12 +72,12 @@ class Cluster:
         self.events = Events(seed)
         self.plane = ControlPlane(config, SECRET)
         self.members: list[Member] = []
-        self.streams: dict[str, Stream] = {}
         self.commands: list[domain.Command] = []
         self.frames = Frames()
         self.poison: dict[str, int] = {}  # requests that kill their worker, and how often they did
         self.replaced: set[str] = set()  # requests that were moved before their start
         self.reached: set[str] = set()  # rare states
+        self.clients = Clients(self.events, self.handle, self._ask_again, self.reached)
         self.num_scans = 0
         self._config = config
         self._contracts: tuple[domain.Contract, ...] = ()
@@ -104,6 +88,10 @@ class Cluster:
         self.model_load_s = 5.0
         self.backend: Backend | None = None
         self.events.after(TICK_S, self._tick)
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        return self.clients.streams
 
     def _tick(self) -> None:
         self.handle(domain.Tick())
@@ -193,15 +181,7 @@ class Cluster:
             chance = self.events.random
             prompt_ids = [chance.randrange(50_000) for _ in range(request.prompt_tokens)]
         tokens = request.output_tokens_max if tokens is None else tokens
-        self.streams[request.request_id] = Stream(request, prompt_ids, tokens)
-        self.handle(domain.Submit(request))
-
-    def cancel(self, request_id: str) -> None:
-        """The client goes away."""
-        stream = self.streams[request_id]
-        if not stream.end:
-            stream.end = "cancelled"
-            self.handle(domain.Finished(request_id, "cancelled", len(stream.ids)))
+        self.clients.submit(request, tokens, prompt_ids)
 
     # --- links
 
@@ -256,7 +236,7 @@ class Cluster:
             return
         if isinstance(message, protocol.StepReport):
             for report in message.sequences:
-                self._journal(report)
+                self.clients.report(worker_id, report)
             message = message.load
         self.handle(domain.WorkerMessage(worker_id, epoch, message))  # type: ignore[arg-type]
 
@@ -289,11 +269,8 @@ class Cluster:
                     self._act(member, 0, partial(self._reconnect_later, member))
             case domain.Dispatch(worker_id):
                 member = self._member(worker_id)
-                stream = self.streams[command.request_id]
-                stream.epoch, stream.seen_tokens = command.epoch, len(stream.ids)
-                stream.decode_worker = worker_id  # of two stages decode is dispatched last
-                assert not stream.end, f"{command.request_id} was dispatched after its end"
-                self._to_worker(worker_id, partial(self._assign, member, self._message(command)))
+                assign = self._message(command, self.clients.dispatched(command))
+                self._to_worker(worker_id, partial(self._assign, member, assign))
             case domain.CancelSequence(worker_id, request_id, epoch):
                 worker = self._member(worker_id).worker
                 self._to_worker(worker_id, partial(worker.drop, (request_id, epoch)))
@@ -336,9 +313,7 @@ class Cluster:
                     self.reached.add("no KV room")
             case domain.Decided(request_id, domain.Rejected() as rejected):
                 self.reached.add(rejected.code)
-                stream = self.streams[request_id]
-                assert not stream.end, f"{request_id} ended as {stream.end} and was rejected"
-                stream.end = rejected.code
+                self.clients.rejected(request_id, rejected.code)
             case domain.PlanChanged(by="planner"):
                 self.reached.add("planner flip")
             case _:
@@ -356,8 +331,7 @@ class Cluster:
         act = partial(self._act, member, member.epoch, action)
         self.events.at(member.received_until_s, act)
 
-    def _message(self, command: domain.Dispatch) -> protocol.Assign:
-        stream = self.streams[command.request_id]
+    def _message(self, command: domain.Dispatch, stream: Stream) -> protocol.Assign:
         slo = stream.request.slo
         return protocol.Assign(
             request_id=command.request_id,
@@ -499,61 +473,6 @@ class Cluster:
             self._send(member, protocol.StepReport([report], member.worker.load(self.events.now_s)))
         self._step(member)
 
-    # --- the gateway
-
-    def _journal(self, report: protocol.SequenceReport) -> None:
-        stream = self.streams[report.request_id]
-        if stream.end or report.epoch != stream.epoch:
-            return
-        have = len(stream.ids)
-        stream.seen_tokens = max(stream.seen_tokens, report.seq + len(report.token_ids))
-        if report.seq > have:  # ids were lost with an older connection, or are late
-            self._watch_gap(stream)
-            return
-        fresh = report.token_ids[have - report.seq :]
-        if report.token_ids and not fresh:
-            self.reached.add("duplicate dropped")
-        if fresh and not stream.ids:
-            ttft_s = self.events.now_s - stream.request.arrived_at_s
-            self.handle(domain.FirstToken(report.request_id, ttft_s))
-        if fresh and stream.epoch > 1 and stream.progressed_epoch != stream.epoch:
-            stream.progressed_epoch = stream.epoch
-            self.handle(domain.Progressed(report.request_id, stream.epoch))
-        for token_id in fresh:
-            expected = output_id(stream.prompt_ids, len(stream.ids))
-            assert token_id == expected, f"I3: {token_id} for {expected} in {report}"
-            stream.ids.append(token_id)
-            if len(stream.ids) == stream.tokens:  # a stop string: what follows is dropped
-                stream.end = "completed"
-                self.handle(domain.Finished(report.request_id, "completed", len(stream.ids)))
-                return
-        assert report.finish_reason != "length", f"I3: {report} ends {stream}"
-        if len(stream.ids) < stream.seen_tokens:
-            self._watch_gap(stream)
-
-    def _watch_gap(self, stream: Stream) -> None:
-        """As console/fleet.py: ask again after half a second, move the request after two."""
-        if stream.is_gap_watched:
-            return
-        stream.is_gap_watched = True
-        self.reached.add("gap")
-        key = (stream.request.request_id, stream.epoch)
-        self.events.after(RESEND_S, partial(self._ask_again, stream, key))
-        self.events.after(STALLED_S, partial(self._give_up, stream, key))
-
-    def _has_gap(self, stream: Stream, key: Key) -> bool:
-        is_current = not stream.end and stream.epoch == key[1]
-        return is_current and len(stream.ids) < stream.seen_tokens
-
-    def _ask_again(self, stream: Stream, key: Key) -> None:
-        if self._has_gap(stream, key):
-            member = self._member(stream.decode_worker)
-            self._to_worker(stream.decode_worker, partial(self._resend, member, key))
-
-    def _give_up(self, stream: Stream, key: Key) -> None:
-        stream.is_gap_watched = False
-        if self._has_gap(stream, key):
-            self.reached.add("stalled")
-            self.handle(domain.Stalled(*key))
-        elif self._has_gap(stream, (key[0], stream.epoch)):  # it has moved meanwhile
-            self._watch_gap(stream)
+    def _ask_again(self, worker_id: str, key: Key) -> None:
+        member = self._member(worker_id)
+        self._to_worker(worker_id, partial(self._resend, member, key))

@@ -12,6 +12,7 @@ from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
 from controlplane.gpuledger import LOSS_MAX
 from controlplane.gpuseconds import GpuMeter, Row
+from controlplane.plane import ControlPlane
 from controlplane.sim import h200, hardware
 from controlplane.sim.cluster import Cluster
 from controlplane.sim.workload import Arrival, arrivals
@@ -50,10 +51,12 @@ class ChargedCluster(Cluster):
         super().__init__(seed, ControlPlaneConfig())
         self.charged_s: dict[tuple[str, int], float] = {}
 
-    def _journal(self, report: protocol.SequenceReport) -> None:
-        key = (report.request_id, report.epoch)
-        self.charged_s[key] = report.prefill_gpu_s + report.decode_gpu_s
-        super()._journal(report)
+    def _receive(self, worker_id: str, epoch: int, message: object, plane: ControlPlane) -> None:
+        if isinstance(message, protocol.StepReport):
+            for report in message.sequences:
+                key = (report.request_id, report.epoch)
+                self.charged_s[key] = report.prefill_gpu_s + report.decode_gpu_s
+        super()._receive(worker_id, epoch, message, plane)
 
     def arrive(self, request_id: str, slo: domain.SLOClass, arrival: Arrival) -> None:
         tokens_max = int(OUTPUT_SHARE_MAX * arrival.output_tokens)

@@ -95,6 +95,16 @@ class ModelledWorker:
         sequence.computed_tokens = len(sequence.token_ids)
         sequence.token_ids.extend(first_ids)
         sequence.phase = "running"
+        self._publish(sequence, 0)
+
+    def _publish(self, sequence: Sequence, first_block: int) -> None:
+        """Full blocks can be shared from now on."""
+        size = self.pool.block_tokens
+        full = sequence.computed_tokens // size
+        hashes = sequence.hashes
+        blocks.extend_hashes(hashes, sequence.salt, sequence.token_ids, full * size, size)
+        for index in range(first_block, full):
+            self.pool.publish(sequence.key, index, hashes[index])
 
     def start_step(self, now_s: float) -> float | None:
         """Plan a step; its modelled seconds, or None with nothing to run."""
@@ -107,7 +117,7 @@ class ModelledWorker:
         )
         plan = scheduler.plan(now_s, state, self.model, self.policy)
         self.plan = plan if plan.rows else None
-        laws.check_plan(plan, state)
+        laws.check_plan(now_s, plan, state, self.model, self.policy)
         self._note_idle(now_s)
         return plan.predicted_s if plan.rows else None
 
@@ -128,7 +138,9 @@ class ModelledWorker:
             sequence = row.sequence
             if sequence.key not in self.sequences:  # cancelled while the step ran
                 continue
+            first_block = sequence.computed_tokens // self.pool.block_tokens
             sequence.computed_tokens += row.count
+            self._publish(sequence, first_block)
             if not row.samples:
                 continue
             index = sequence.output_tokens

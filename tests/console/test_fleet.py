@@ -4,12 +4,12 @@ from console import jointokens
 from console.facts import PlanFact
 from console.fleet import CLOSE_RESTARTING, LINKS_MAX, RESEND_AFTER_S, STALLED_AFTER_S, Fleet
 from console.generation import LiveRequest, Mailbox, Tokens
-from console.journal import Journal
 from console.metrics import Metrics
 from console.transport import MemoryLink
 from console.writer import WorkerFact
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
+from controlplane.journal import Journal
 from controlplane.plane import ControlPlane
 from tests.factories import make_hello, make_load, make_request
 

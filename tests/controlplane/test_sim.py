@@ -189,7 +189,7 @@ def fault(target: Cluster) -> None:
     elif kind == "drain" and len(target.members) > 1:
         target.handle(domain.DrainOrdered(member.worker_id, "ann"))
     elif target.streams:
-        target.cancel(chance.choice(sorted(target.streams)))
+        target.clients.cancel(chance.choice(sorted(target.streams)))
 
 
 def test_same_seed_gives_the_same_commands():

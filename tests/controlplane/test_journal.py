@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from console.journal import PENDING_TOKENS_MAX, Journal
+from controlplane.journal import PENDING_TOKENS_MAX, Journal
 
 
 def test_ids_in_order_pass_through():
