@@ -8,18 +8,18 @@ salts and step plans (I7, I8, I10) need the workers and live in controlplane/sim
 I15 and I17 are about the database and are tested where it is.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from controlplane import domain, protocol
-from controlplane.domain import Command, Contract, ContractKey, Event, GenerateRequest
-from controlplane.ledger import AccountView, price_usd
+from controlplane.config import ControlPlaneConfig
+from controlplane.contractbook import ContractBook
+from controlplane.domain import Command, ContractKey, Event, GenerateRequest
 from controlplane.plane import ControlPlane
 
 TICK_S = 0.1
 SLACK_S = 2.0 * TICK_S  # the plane notices a time limit at its next tick
-MINUTE_S = 60.0
+SILENT_FACTOR = 2.0  # of a step, for which a worker may be silent and get work (registry.py)
 BILLED = ("completed", "cancelled")
 
 
@@ -32,33 +32,38 @@ class _Life:
     epoch: int = 0
     stages: list[str] = field(default_factory=list)  # dispatched in this epoch
     key: ContractKey | None = None
-    tokens: int = 0  # that count for the contract's rate
-    is_guaranteed: bool = False
+    tier: str = ""  # as its worker was told in this epoch
+    num_moved: int = 0  # off workers that were lost or failed it
+    num_replaced: int = 0  # before its start
+
+    @property
+    def tokens_max(self) -> int:
+        return self.request.prompt_tokens + self.request.output_tokens_max
 
 
 @dataclass(slots=True)
-class _Book:
-    """One contract, counted again."""
+class _Link:
+    """A worker as the outside sees it."""
 
-    contract: Contract
-    admitted: deque[tuple[float, str]] = field(default_factory=deque)  # guaranteed, last minute
-    tokens: dict[str, int] = field(default_factory=dict)  # of those
-    running: set[str] = field(default_factory=set)
-    billed_tokens: int = 0
-    billed_usd: float = 0.0
+    epoch: int
+    is_open: bool
+    heard_at_s: float
+    step_s: float = 0.0  # the longer of predicted and measured, as it last said
 
 
 class Watch:
     """Give it every event with its commands, in order."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, config: ControlPlaneConfig) -> None:
         self._secret = secret.decode(errors="replace")
+        self._config = config
         self._lives: dict[str, _Life] = {}
         self._ended: dict[str, str] = {}
-        self._no_more: set[str] = set()  # workers that were told to drain, or are gone
-        self._worker_epochs: dict[str, int] = {}
-        self._books: dict[ContractKey, _Book] = {}
+        self._no_more: set[str] = set()  # workers that were told to drain
+        self._links: dict[str, _Link] = {}
+        self._books: dict[ContractKey, ContractBook] = {}
         self._last_s = 0.0
+        self._ticked_at_s: float | None = None
 
     def after(self, event: Event, commands: Sequence[Command], now_s: float) -> None:
         assert now_s >= self._last_s, f"I18: time went from {self._last_s} back to {now_s}"
@@ -72,7 +77,15 @@ class Watch:
                 self._finished(request_id, status, output_tokens)
             case domain.ContractsSet(contracts):
                 for contract in contracts:
-                    self._books.setdefault(contract.key, _Book(contract)).contract = contract
+                    book = self._books.setdefault(contract.key, ContractBook(contract))
+                    book.contract = contract
+            case domain.WorkerMessage():
+                self._heard(event, commands, now_s)
+            case domain.WorkerClosed(worker_id, epoch):
+                if (link := self._links.get(worker_id)) and link.epoch == epoch:
+                    link.is_open = False
+            case domain.Tick():
+                self._ticked(now_s)
         for command in commands:
             self._command(command, now_s)
         if isinstance(event, domain.Submit):
@@ -80,6 +93,34 @@ class Watch:
             assert name in self._ended or self._lives[name].stages or self._is_waiting(name), (
                 f"I1: {name} got no answer"
             )
+
+    def _heard(
+        self, event: domain.WorkerMessage, commands: Sequence[Command], now_s: float
+    ) -> None:
+        """A worker spoke. What an older incarnation says moves nothing."""
+        link = self._links.get(event.worker_id)
+        if link is None or link.epoch != event.epoch or not link.is_open:
+            moved = [item for item in commands if isinstance(item, domain.FailoverCounted)]
+            assert not moved, f"I9: {event} of an older epoch moves {moved[0]}"
+            return
+        link.heard_at_s = now_s
+        match event.message:
+            case protocol.WorkerLoad() as load:
+                link.step_s = max(load.predicted_s, load.measured_s)
+            case protocol.Heartbeat(load):
+                link.step_s = max(load.predicted_s, load.measured_s)
+            case protocol.Goodbye():
+                link.is_open = False
+            case _:
+                pass
+
+    def _ticked(self, now_s: float) -> None:
+        """While our own loop stood still nobody could be heard."""
+        gap_s = 0.0 if self._ticked_at_s is None else now_s - self._ticked_at_s
+        self._ticked_at_s = now_s
+        if gap_s > self._config.stall_s:
+            for link in self._links.values():
+                link.heard_at_s = min(now_s, link.heard_at_s + gap_s)
 
     def _is_waiting(self, name: str) -> bool:
         return self._lives[name].waits_since_s is not None
@@ -90,18 +131,42 @@ class Watch:
                 self._dispatched(command, now_s)
             case domain.Decided(request_id, outcome, record):
                 assert self._secret not in record.reason, f"I20: a secret in {request_id}'s record"
-                self._decided(request_id, outcome, now_s)
+                self._decided(request_id, outcome, record.cause, now_s)
             case domain.Greet(_, protocol.Welcome(worker_id, epoch)):
-                before = self._worker_epochs.get(worker_id, 0)
+                link = self._links.get(worker_id)
+                before = link.epoch if link else 0
                 assert epoch == before + 1, f"I18: {worker_id} went from epoch {before} to {epoch}"
-                self._worker_epochs[worker_id] = epoch
+                self._links[worker_id] = _Link(epoch, True, now_s)
+            case domain.CloseWorker(worker_id, reason):
+                assert self._secret not in reason, f"I20: a secret about {worker_id}"
+                self._links[worker_id].is_open = False
             case domain.SendDrain(worker_id):
                 self._no_more.add(worker_id)
+                self._reaches(worker_id, command)
+            case domain.SendRole(worker_id) | domain.Reattach(worker_id):
+                self._reaches(worker_id, command)
+            case domain.FailoverCounted(request_id):
+                life = self._lives[request_id]
+                life.num_moved += 1
+                limit = self._config.moves_max
+                assert life.num_moved <= limit, f"I13: {request_id} moved {life.num_moved} times"
+            case _:
+                pass
+
+    def _reaches(self, worker_id: str, command: Command) -> _Link:
+        """Commands go to workers with a connection."""
+        link = self._links.get(worker_id)
+        assert link is not None and link.is_open, f"I9: {command} to a worker that is gone"
+        return link
 
     def _dispatched(self, command: domain.Dispatch, now_s: float) -> None:
         name, worker_id = command.request_id, command.worker_id
         assert name in self._lives, f"I1: {name} was dispatched after its end {self._ended}"
-        assert worker_id in self._worker_epochs, f"I9: {worker_id} never joined"
+        link = self._reaches(worker_id, command)
+        silent_s, step_s = now_s - link.heard_at_s, SILENT_FACTOR * link.step_s
+        assert silent_s <= max(self._config.suspect_s_min, step_s), (
+            f"I14: {name} went to {worker_id}, silent for {silent_s:.1f} s"
+        )
         assert worker_id not in self._no_more, f"I14: {name} went to draining {worker_id}"
         life = self._lives[name]
         if command.epoch == life.epoch:
@@ -115,56 +180,64 @@ class Watch:
             assert command.stage in ("full", "prefill"), f"I9: {name} began with {command.stage}"
             life.epoch, life.stages = command.epoch, []
         life.stages.append(command.stage)
+        life.tier = command.tier
         if life.waits_since_s is not None:
             waited_s, limit_s = now_s - life.waits_since_s, _wait_s_max(life.request)
             assert waited_s <= limit_s + SLACK_S, f"I12: {name} started after {waited_s:.1f} s"
         life.waits_since_s = None
 
-    def _decided(self, name: str, outcome: object, now_s: float) -> None:
+    def _decided(self, name: str, outcome: object, cause: str, now_s: float) -> None:
         assert name in self._lives, f"I1: {name} was decided after its end {self._ended.get(name)}"
         life = self._lives[name]
+        if cause == "replaced":
+            life.num_replaced += 1
+            limit = self._config.replaces_max
+            assert life.num_replaced <= limit, f"I13: {name} replaced {life.num_replaced} times"
         match outcome:
-            case domain.Rejected(code):
-                self._end(name, code)
+            case domain.Rejected():
+                self._refused(name, life, outcome, now_s)
+                self._end(name, outcome.code)
                 self._settle(name, life, 0, is_billed=False)
             case domain.Placed(_, _, demotion) | domain.Queued(_, _, demotion):
                 if life.key is None:
                     self._admitted(name, life, demotion, now_s)
                 if isinstance(outcome, domain.Queued):
                     assert outcome.position >= 1 and outcome.predicted_start_s >= 0.0, outcome
+                    return
+                is_surplus = demotion is not None and demotion.code != "late"
+                tier = "surplus" if is_surplus else "guaranteed"
+                assert life.tier == tier, f"I5: {name} runs as {life.tier}, demoted: {demotion}"
+
+    def _refused(self, name: str, life: _Life, outcome: domain.Rejected, now_s: float) -> None:
+        """A refusal names a limit that has been reached."""
+        request, code = life.request, outcome.code
+        book = self._books.get(_key(request))
+        if book is not None and life.key is None:
+            book.refused(outcome, life.tokens_max, now_s)
+        if code == "tenant_concurrency":
+            running = sum(
+                other.request.tenant_id == request.tenant_id and not other.request.slo.is_batch
+                for other in self._lives.values()
+            )
+            limit = request.tenant_concurrency_max
+            assert running > limit, f"I5: {name} refused with {running - 1} of {limit} running"
+        elif code == "queue_full":
+            waiting = sum(
+                other.waits_since_s is not None and other.request.slo.name == request.slo.name
+                for other in self._lives.values()
+            )
+            assert waiting > self._config.queue_max, f"I16: {name} refused, {waiting} wait"
+        elif code == "queue_timeout" and life.waits_since_s is not None:
+            waited_s, limit_s = now_s - life.waits_since_s, _wait_s_max(request)
+            assert waited_s > limit_s, f"I12: {name} expired after {waited_s:.1f} s"
 
     def _admitted(
         self, name: str, life: _Life, demotion: domain.Demotion | None, now_s: float
     ) -> None:
-        """Its first decision: the contract's limits must have had room for it."""
-        request = life.request
-        life.key = (request.tenant_id, request.model_id, request.slo.name)
-        book = self._books.get(life.key)
-        if book is None:
-            return
-        contract = book.contract
-        life.tokens = request.prompt_tokens + request.output_tokens_max
-        book.running.add(name)
-        if contract.budget_tokens is not None:
-            held = sum(self._lives[other].tokens for other in book.running)
-            assert book.billed_tokens + held <= contract.budget_tokens, (
-                f"I5: {contract.name} has used {book.billed_tokens} and holds {held} tokens"
-            )
-        if request.slo.is_batch:
-            return
-        assert len(book.running) <= contract.concurrency_max, (
-            f"I5: {len(book.running)} requests of {contract.name} run"
-        )
-        if demotion is not None:
-            return
-        life.is_guaranteed = True
-        book.admitted.append((now_s, name))
-        book.tokens[name] = life.tokens
-        while book.admitted[0][0] <= now_s - MINUTE_S:
-            del book.tokens[book.admitted.popleft()[1]]
-        assert len(book.admitted) <= contract.requests_per_min, f"I5: requests of {contract.name}"
-        total = sum(book.tokens.values())
-        assert total <= contract.tokens_per_min, f"I5: {total} tokens a minute of {contract.name}"
+        """Its first decision."""
+        life.key = _key(life.request)
+        if book := self._books.get(life.key):
+            book.admitted(name, life.tokens_max, demotion is None, now_s)
 
     def _finished(self, name: str, status: str, output_tokens: int) -> None:
         life = self._lives.get(name)
@@ -176,16 +249,8 @@ class Watch:
 
     def _settle(self, name: str, life: _Life, output_tokens: int, is_billed: bool) -> None:
         book = self._books.get(life.key) if life.key else None
-        if book is None:
-            return
-        book.running.discard(name)
-        prompt = life.request.prompt_tokens
-        tokens = prompt + output_tokens if is_billed else 0
-        book.billed_tokens += tokens
-        if is_billed:
-            book.billed_usd += price_usd(book.contract, prompt, output_tokens)
-        if name in book.tokens:
-            book.tokens[name] = tokens
+        if book is not None:
+            book.settled(name, life.request.prompt_tokens, output_tokens, is_billed)
 
     def _end(self, name: str, how: str) -> None:
         assert name not in self._ended, f"I1: {name} ended as {self._ended[name]} and as {how}"
@@ -216,15 +281,7 @@ class Watch:
         running = [item for item in tracked.values() if item.phase not in ("queued", "orphaned")]
         assert len(running) <= held <= 2 * len(running), f"I6: {held} held, {len(running)} run"
         for account in plane.accounts(now_s):
-            self._scan_account(account.contract.key, account)
-
-    def _scan_account(self, key: ContractKey, account: AccountView) -> None:
-        book = self._books[key]
-        spent, usd = account.spent_tokens, account.spent_usd
-        running = account.num_running
-        assert spent == book.billed_tokens, f"I6: billed {spent}, delivered {book.billed_tokens}"
-        assert abs(usd - book.billed_usd) < 1e-6, f"I6: billed ${usd}, delivered {book.billed_usd}"
-        assert running == len(book.running), f"I6: {running} held, {len(book.running)} run"
+            self._books[account.contract.key].compare(account)
 
     def at_rest(self, plane: ControlPlane, now_s: float) -> None:
         """After the end of all work nothing is held anywhere."""
@@ -239,3 +296,7 @@ class Watch:
 def _wait_s_max(request: GenerateRequest) -> float:
     slo = request.slo
     return slo.deadline_s if slo.is_batch and slo.deadline_s is not None else slo.queue_s_max
+
+
+def _key(request: GenerateRequest) -> ContractKey:
+    return (request.tenant_id, request.model_id, request.slo.name)

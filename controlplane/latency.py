@@ -27,6 +27,7 @@ HINGE_ROWS = (128, 512)
 
 Bucket = Literal["decode", "mixed", "prefill"]
 BUCKETS: tuple[Bucket, ...] = ("decode", "mixed", "prefill")
+TOKEN_S_MIN = 1e-9  # a prompt token on any device
 PREFILL_HEAVY = 0.8  # of a step's rows are prompt tokens
 
 MISS_RATE = 0.01  # p99
@@ -155,8 +156,9 @@ def decode_step_s(model: StepModel, rows: int, context_tokens: int) -> float:
 
 
 def prompt_token_s(model: StepModel) -> float:
-    """Seconds that one more prompt token adds to a large step, without its attention."""
-    return model.per_token_s + sum(model.per_token_over_s)
+    """Seconds that one more prompt token adds to a large step, without its attention. Never 0, for
+    speeds are quotients of it; a learned coefficient may be."""
+    return max(TOKEN_S_MIN, model.per_token_s + sum(model.per_token_over_s))
 
 
 def prompt_context_token_s(model: StepModel) -> float:

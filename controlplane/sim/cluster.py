@@ -17,6 +17,7 @@ from controlplane.plane import ControlPlane
 from controlplane.sim import laws
 from controlplane.sim.clients import Clients, Stream
 from controlplane.sim.events import Events
+from controlplane.sim.equalshares import Fairness
 from controlplane.sim.worker import Key, ModelledWorker
 
 TICK_S = 0.1
@@ -27,6 +28,8 @@ RESTART_S = 2.0  # of a worker process that died by itself
 SCAN_EVERY = 100  # events
 POISON_KILLS_MAX = 2
 SECRET = b"simulated cluster"
+STRANGER = "stranger"  # connection of one who must not get in
+WELL_S = 10.0  # after a disturbance
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Member:
     frozen_until_s: float = 0.0
     cut_off_until_s: float = 0.0  # partitioned: frames wait
     slow_factor: float = 1.0
+    disturbed_at_s: float = 0.0  # something was wrong with it or its link until then
+    errors_left: int = 0  # sequences that it will give up with an error
     sent_until_s: float = 0.0  # links keep their order
     received_until_s: float = 0.0
 
@@ -81,8 +86,9 @@ class Cluster:
         self.num_scans = 0
         self._config = config
         self._contracts: tuple[domain.Contract, ...] = ()
-        self.watch = Watch(SECRET)
+        self.watch, self.fairness = Watch(SECRET, self._config), Fairness()
         self._num_handled = 0
+        self._stalled_until_s = 0.0
         self.transfer_failures = transfer_failures
         self.models: dict[str, protocol.ModelFacts] = {}  # by id: what workers could load
         self.model_load_s = 5.0
@@ -94,13 +100,24 @@ class Cluster:
         return self.clients.streams
 
     def _tick(self) -> None:
-        self.handle(domain.Tick())
+        self._tick_once()
         self.events.after(TICK_S, self._tick)
+
+    def _tick_once(self) -> None:
+        if self.events.now_s >= self._stalled_until_s:
+            self.handle(domain.Tick())
+
+    def stall(self, seconds: float) -> None:
+        """The console's loop stands still. Then it looks at its clock first, and reads after."""
+        self._stalled_until_s = self.events.now_s + seconds
+        self.events.at(self._stalled_until_s, self._tick_once)
+        self.reached.add("console stalled")
 
     def handle(self, event: domain.Event) -> None:
         now_s = self.events.now_s
         commands = self.plane.handle(event, now_s, self.events.random.random)
         self.watch.after(event, commands, now_s)
+        self.fairness.after(event, commands, now_s)
         self._num_handled += 1
         if self._num_handled % SCAN_EVERY == 0:
             self.scan()
@@ -123,15 +140,17 @@ class Cluster:
 
     def partition(self, member: Member, seconds: float) -> None:
         """Frames in both directions wait; neither side is told."""
+        member.disturbed_at_s = max(member.disturbed_at_s, self.events.now_s + seconds)
         member.cut_off_until_s = max(member.cut_off_until_s, self.events.now_s + seconds)
 
     def restart_plane(self) -> None:
         """kill -9 of the console: its streams break, its memory is gone, workers dial in again."""
         self.reached.add("plane restarted")
+        self._stalled_until_s = self.events.now_s
         for stream in self.streams.values():
             stream.end = stream.end or "gateway_lost"
         self.plane = ControlPlane(self._config, SECRET)
-        self.watch = Watch(SECRET)
+        self.watch, self.fairness = Watch(SECRET, self._config), Fairness()
         self.handle(domain.ContractsSet(self._contracts))
         for member in self.members:
             member.worker_id, member.is_connected = "", False
@@ -163,7 +182,19 @@ class Cluster:
 
     def freeze(self, member: Member, seconds: float) -> None:
         """SIGSTOP for a while: nothing is sent, nothing is read."""
+        member.disturbed_at_s = max(member.disturbed_at_s, self.events.now_s + seconds)
         member.frozen_until_s = self.events.now_s + seconds
+
+    def leave(self, member: Member) -> None:
+        """The worker shuts down in order: says so, and its connection closes."""
+        self.reached.add("goodbye")
+        self._send(member, protocol.Goodbye("shutting down"))
+        self.kill(member)
+
+    def try_join(self, hello: protocol.Hello) -> None:
+        """A stranger who must be refused."""
+        self.reached.add("impostor")
+        self.handle(domain.WorkerHello(STRANGER, hello))
 
     def cut(self, member: Member) -> None:
         """The link breaks; the worker goes on and dials in again."""
@@ -234,6 +265,10 @@ class Cluster:
     def _receive(self, worker_id: str, epoch: int, message: object, plane: ControlPlane) -> None:
         if plane is not self.plane:  # sent to a console that is gone
             return
+        if self.events.now_s < self._stalled_until_s:
+            again = partial(self._receive, worker_id, epoch, message, plane)
+            self.events.at(self._stalled_until_s, again)
+            return
         if isinstance(message, protocol.StepReport):
             for report in message.sequences:
                 self.clients.report(worker_id, report)
@@ -255,6 +290,10 @@ class Cluster:
 
     def _execute(self, command: domain.Command) -> None:
         match command:
+            case domain.Greet(connection_id, message) if connection_id == STRANGER:
+                is_known = any(member.worker_id for member in self.members)
+                is_refused = isinstance(message, protocol.Refused)
+                assert is_refused or not is_known, f"I9: a stranger is welcome: {message}"
             case domain.Greet(connection_id, message):
                 member = self.members[int(connection_id)]
                 if not member.is_connected:
@@ -264,6 +303,7 @@ class Cluster:
                 member.resume_secret = message.resume_secret
             case domain.CloseWorker(worker_id):
                 member = self._member(worker_id)
+                self._check_given_up(member, command)
                 if member.is_connected:
                     member.is_connected = False
                     self._act(member, 0, partial(self._reconnect_later, member))
@@ -318,6 +358,16 @@ class Cluster:
                 self.reached.add("planner flip")
             case _:
                 pass
+
+    def _check_given_up(self, member: Member, command: domain.CloseWorker) -> None:
+        """I9: nobody is given up who has been well and connected for long enough to be heard."""
+        is_replaced = "joined again" in command.reason
+        is_well = member.is_connected and not member.is_dead and member.slow_factor == 1.0
+        well_s = self.events.now_s - member.disturbed_at_s
+        is_delayed = self.frames != Frames()
+        assert is_replaced or is_delayed or not is_well or well_s < WELL_S, (
+            f"I9: {member.worker_id} is given up though it is well: {command.reason}"
+        )
 
     def _member(self, worker_id: str) -> Member:
         return next(member for member in self.members if member.worker_id == worker_id)
@@ -460,10 +510,18 @@ class Cluster:
 
     def _step_done(self, member: Member, seconds: float) -> None:
         reports, ready = member.worker.finish_step(self.events.now_s, seconds)
+        if reports and member.errors_left:
+            member.errors_left -= 1
+            reports[-1] = self._failed(member, reports[-1])
         self._send(member, protocol.StepReport(reports, member.worker.load(self.events.now_s)))
         for key in ready:
             self._send(member, protocol.HandoffReady(*key, 1, 1000))
         self._step(member)
+
+    def _failed(self, member: Member, report: protocol.SequenceReport) -> protocol.SequenceReport:
+        """The same step, had its logits not been finite: no id, and the sequence is gone."""
+        member.worker.drop((report.request_id, report.epoch))
+        return msgspec.structs.replace(report, token_ids=[], finish_reason="error")
 
     def _resend(self, member: Member, key: Key) -> None:
         """All ids of the sequence again; the journal drops those it has."""

@@ -14,15 +14,19 @@ from controlplane.sim.events import Chance, Events
 
 FaultKind = Literal[
     "kill", "freeze", "slow", "partition", "cut", "restart", "drain", "role", "cancel", "flood",
-    "join", "poison",
+    "join", "poison", "error", "stall", "impostor", "goodbye",
 ]  # fmt: skip
 FAULTS: tuple[FaultKind, ...] = (
     "kill", "freeze", "slow", "partition", "cut", "restart", "drain", "role", "cancel", "flood",
-    "join", "poison",
+    "join", "poison", "error", "stall", "impostor", "goodbye",
 )  # fmt: skip
 BACKGROUND = ("frames", "transfers", "kv")  # classes that are on all the time or not at all
 FAULTS_S = (3.0, 50.0)
 ARRIVALS_S = 45.0
+BACKLOG_SHARE = 0.1  # of the seeds: two equal tenants ask for more than there is, for over a minute
+BACKLOG_S = 75.0
+BACKLOG_PER_S = 4.0  # of each of the two
+BACKLOG_SEQUENCES_MAX = 2  # on a worker, so that it is more than they can do
 HEAL_AT_S = 55.0
 BLOCK_TOKENS = 16
 SHARED_TOKENS = 48  # that many prompts begin with, whoever sends them
@@ -32,6 +36,8 @@ CLASSES = (
     domain.SLOClass("interactive", 0, ttft_s_p99=4.0, itl_s_p99=0.4, queue_s_max=20.0),
     domain.SLOClass("flex", 1, ttft_s_p99=10.0, itl_s_p99=1.0, queue_s_max=60.0),
     domain.SLOClass("batch", 3, 3600.0, 60.0, is_batch=True, deadline_s=600.0),
+    # Of the backlog: never late, so that all of it waits in one line.
+    domain.SLOClass("patient", 2, ttft_s_p99=500.0, itl_s_p99=1.0, queue_s_max=500.0),
 )
 
 
@@ -72,6 +78,7 @@ class Scenario:
     faults: tuple[Fault, ...]
     frames: Frames
     transfer_failures: float
+    backlog: tuple[Arrival, ...] = ()  # all of one class, of two tenants without contracts
 
 
 def draw(seed: int) -> Scenario:
@@ -97,11 +104,13 @@ def draw(seed: int) -> Scenario:
         for _ in range(chance.randint(3, 5))
     )
     has_frames = "frames" in kinds
+    backlog = _backlog(chance) if chance.random() < BACKLOG_SHARE else ()
+    sequences_max = BACKLOG_SEQUENCES_MAX if backlog else chance.choice((4, 64))
     return Scenario(
         seed=seed,
         settings=(
-            ("queue_max", chance.choice((4, 50))),
-            ("sequences_max", chance.choice((4, 64))),
+            ("queue_max", 50 if backlog else chance.choice((4, 50))),
+            ("sequences_max", sequences_max),
             ("plan_dwell_s", chance.choice((8.0, 30.0))),
             ("plan_window_s", 15.0),
             ("prefix_blocks_max", chance.choice((40, 100_000))),
@@ -113,7 +122,29 @@ def draw(seed: int) -> Scenario:
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
         frames=Frames(0.1, 0.1, 0.1) if has_frames else Frames(),
         transfer_failures=0.3 if "transfers" in kinds else 0.0,
+        backlog=backlog,
     )
+
+
+def _backlog(chance: Chance) -> tuple[Arrival, ...]:
+    """Outputs are as long as they may be, so that what each tenant got can be counted."""
+    made = []
+    for index in range(int(2 * BACKLOG_PER_S * BACKLOG_S)):
+        tenant = index % 2
+        output = chance.randint(8, 32)
+        made.append(
+            Arrival(
+                at_s=HEAL_AT_S + chance.uniform(0.0, BACKLOG_S),
+                request_id=f"q{index}",
+                tenant=100 + tenant,
+                slo=3,
+                prompt_tokens=chance.randint(50, 250),
+                output_tokens_max=output,
+                output_tokens=output,
+                is_shared=False,
+            )
+        )
+    return tuple(sorted(made, key=lambda arrival: arrival.at_s))
 
 
 def _contracts(chance: Chance, num_tenants: int) -> tuple[domain.Contract, ...]:
@@ -126,7 +157,7 @@ def _contracts(chance: Chance, num_tenants: int) -> tuple[domain.Contract, ...]:
             domain.Contract(
                 f"t{tenant}",
                 MODEL.model_id,
-                chance.choice(CLASSES).name,
+                chance.choice(CLASSES[:3]).name,
                 requests_per_min=chance.choice((6, 60)),
                 tokens_per_min=chance.choice((1_500, 60_000)),
                 concurrency_max=chance.choice((2, 40)),

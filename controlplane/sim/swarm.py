@@ -5,8 +5,11 @@ and all work has to end. The laws are checked after every event.
 from dataclasses import dataclass, replace
 from functools import partial
 
+import msgspec
+
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
+from controlplane.sim import promises
 from controlplane.sim import scenario as scenarios
 from controlplane.sim.cluster import Cluster, Member
 from controlplane.sim.scenario import Arrival, Fault, Scenario
@@ -49,7 +52,14 @@ def run(scenario: Scenario, keeps_commands: bool = False) -> Outcome:
         history.play()
     except AssertionError as error:
         violation = str(error) or "an assertion without words"
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError, StopIteration) as error:
+    except (
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        StopIteration,
+        ArithmeticError,
+    ) as error:
         violation = f"{type(error).__name__}: {error}"  # a bug too, whatever it is called
     cluster = history.cluster
     ends: dict[str, int] = {}
@@ -79,10 +89,13 @@ class History:
 
     def play(self) -> None:
         cluster, events = self.cluster, self.cluster.events
+        promises.check(events.random)
         cluster.set_contracts(self.scenario.contracts)
         for spec in self.scenario.workers:
             self.join(spec)
         for arrival in self.scenario.arrivals:
+            events.at(arrival.at_s, partial(self.arrive, arrival))
+        for arrival in self.scenario.backlog:
             events.at(arrival.at_s, partial(self.arrive, arrival))
         for fault in self.scenario.faults:
             events.at(fault.at_s, partial(self._fault, fault))
@@ -91,16 +104,23 @@ class History:
         events.run(scenarios.HEAL_AT_S + CONVERGE_S)
         self._check_converged()
         until_s = scenarios.HEAL_AT_S + CONVERGE_S
-        while until_s < END_S and not all(item.end for item in cluster.streams.values()):
+        has_backlog = bool(self.scenario.backlog)
+        while until_s < END_S and (
+            not all(item.end for item in cluster.streams.values())
+            or (has_backlog and until_s < scenarios.HEAL_AT_S + scenarios.BACKLOG_S)
+        ):
             until_s += 10.0
             events.run(until_s)
         events.run(until_s + 5.0)
         self._check_end()
 
     def join(self, spec: scenarios.WorkerSpec) -> Member:
+        return self.cluster.add(self._hello(spec))
+
+    def _hello(self, spec: scenarios.WorkerSpec) -> protocol.Hello:
         self._num_joined += 1
         step, slow = scenarios.STEP, spec.slowness
-        hello = protocol.Hello(
+        return protocol.Hello(
             versions=[protocol.VERSION],
             name=f"worker{self._num_joined}",
             engine="fake",
@@ -116,7 +136,6 @@ class History:
             handoff_address=f"127.0.0.1:{self._num_joined}",
             token="t",
         )
-        return self.cluster.add(hello)
 
     def arrive(self, arrival: Arrival) -> None:
         chance, slo = self.cluster.events.random, scenarios.CLASSES[arrival.slo]
@@ -166,14 +185,36 @@ class History:
         elif fault.kind == "role" and member.worker_id:
             role = ("prefill", "decode", "mixed")[int(3 * fault.value)]
             cluster.handle(domain.RoleOrdered(member.worker_id, role, "ann"))  # type: ignore[arg-type]
+        elif fault.kind == "error":
+            member.errors_left += 1 + int(3 * fault.value)
+        elif fault.kind == "stall":
+            cluster.stall(0.5 + 4.0 * fault.value)
+        elif fault.kind == "impostor":
+            self._impostor(fault)
+        elif fault.kind == "goodbye" and len(alive) > 2 and member.worker_id:
+            cluster.leave(member)
         elif fault.kind in ("cancel", "poison"):
             self._single_out(fault)
+
+    def _impostor(self, fault: Fault) -> None:
+        """A worker with other weights under the name that is served, or another's identity."""
+        genuine = self.scenario.workers[int(fault.pick * len(self.scenario.workers))]
+        hello = self._hello(genuine)
+        other = msgspec.structs.replace(scenarios.MODEL, weights_sha256="b" * 64)
+        proof = protocol.ResumeProof("w1", "0" * 64)
+        if fault.value < 0.5:
+            hello = msgspec.structs.replace(hello, models=[other])
+        else:
+            hello = msgspec.structs.replace(hello, token=None, resume=proof)
+        self.cluster.try_join(hello)
 
     def _single_out(self, fault: Fault) -> None:
         """A client goes away; or a request that has not come yet will kill its worker."""
         cluster = self.cluster
         if fault.kind == "cancel":
             names = sorted(name for name, item in cluster.streams.items() if not item.end)
+            waiting = [name for name in names if not cluster.streams[name].epoch]
+            names = waiting if waiting and fault.value < 0.5 else names
             if names:
                 cluster.clients.cancel(names[int(fault.pick * len(names))])
             return
