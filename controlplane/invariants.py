@@ -49,6 +49,7 @@ class _Link:
     is_open: bool
     heard_at_s: float
     step_s: float = 0.0  # the longer of predicted and measured, as it last said
+    role: str = ""  # of the last change
 
 
 class Watch:
@@ -136,7 +137,9 @@ class Watch:
                 link = self._links.get(worker_id)
                 before = link.epoch if link else 0
                 assert epoch == before + 1, f"I18: {worker_id} went from epoch {before} to {epoch}"
-                self._links[worker_id] = _Link(epoch, True, now_s)
+                self._links[worker_id] = _Link(epoch, True, now_s, role=link.role if link else "")
+            case domain.PlanChanged(worker_id, _, role, is_shadow=False, kind="role"):
+                self._links[worker_id].role = role
             case domain.CloseWorker(worker_id, reason):
                 assert self._secret not in reason, f"I20: a secret about {worker_id}"
                 self._links[worker_id].is_open = False
@@ -277,6 +280,9 @@ class Watch:
             is_waiting = item.phase in ("queued", "orphaned")
             limit_s = _wait_s_max(life.request) + SLACK_S
             assert not is_waiting or item.phase_s <= limit_s, f"I12: {name} waits {item.phase_s}"
+        for worker in view.workers:
+            role = self._links[worker.worker_id].role
+            assert not role or worker.role == role, f"I18: {worker.worker_id} lost its role {role}"
         held = sum(worker.requests for worker in view.workers)
         running = [item for item in tracked.values() if item.phase not in ("queued", "orphaned")]
         assert len(running) <= held <= 2 * len(running), f"I6: {held} held, {len(running)} run"

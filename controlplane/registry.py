@@ -372,6 +372,9 @@ class Worker:
         assert self.num_unproven == sum(item.is_prefilling for item in held), self.worker_id
         assert self.num_struck == sum(item.is_struck for item in held), self.worker_id
         assert self._pace is None or self._pace == self._make_pace(), self.worker_id
+        if (pace := self._pace) is not None and pace.rows:
+            more_s = decode_step_s(pace.model, pace.rows + 1, self.online_context_tokens)
+            assert abs(more_s - pace.beside_s - pace.row_s) < 1e-9, (self.worker_id, pace)
         unreported = {item.request_id for item in held if not item.is_reported}
         assert set(self.unreported) == unreported, (self.worker_id, unreported)
         given = list(self.unreported.values())

@@ -127,9 +127,12 @@ def run_swarm(options: argparse.Namespace) -> int:
     reached = Counter(name for outcome in outcomes for name in outcome.reached)
     say(f"events of a seed: median {events[len(events) // 2]}, least {events[0]}")
     say(f"seeds that reached: {dict(sorted(reached.items()))}")
+    missed = sorted(swarm.RARE - set(reached)) if len(outcomes) >= swarm.RARE_SEEDS else []
+    if missed:
+        print(f"never reached: {', '.join(missed)}", flush=True)
     violations = sum(bool(outcome.violation) for outcome in outcomes)
     print(f"sim: seeds={len(outcomes)} events={sum(events)} violations={violations}", flush=True)
-    return 1 if violations else 0
+    return 1 if violations or missed else 0
 
 
 def first_failure(seeds: range) -> int:

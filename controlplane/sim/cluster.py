@@ -128,9 +128,22 @@ class Cluster:
     def scan(self) -> None:
         """All laws on all state."""
         self.num_scans += 1
+        if self.fairness.num_compared:
+            self.reached.add("tenants compared")
+        self._check_roles()
         self.watch.scan(self.plane, self.events.now_s)
         workers = [member.worker for member in self.members if not member.is_dead]
         laws.check_workers([(worker.pool, worker.sequences) for worker in workers])
+
+    def _check_roles(self) -> None:
+        """Workers with a connection do what the plane thinks they do."""
+        roles = {item.worker_id: item.role for item in self.plane.view(self.events.now_s).workers}
+        for member in self.members:
+            if member.is_connected and member.worker_id in roles:
+                role = roles[member.worker_id]
+                assert member.worker.role == role, (
+                    f"I18: {member.worker_id} is {member.worker.role}, {role} for the plane"
+                )
 
     # --- what a scenario does
 

@@ -23,7 +23,9 @@ FAULTS: tuple[FaultKind, ...] = (
 BACKGROUND = ("frames", "transfers", "kv")  # classes that are on all the time or not at all
 FAULTS_S = (3.0, 50.0)
 ARRIVALS_S = 45.0
-BACKLOG_SHARE = 0.1  # of the seeds: two equal tenants ask for more than there is, for over a minute
+BACKLOG_SHARE = (
+    0.05  # of the seeds: two equal tenants ask for more than there is, for over a minute
+)
 BACKLOG_S = 75.0
 BACKLOG_PER_S = 4.0  # of each of the two
 BACKLOG_SEQUENCES_MAX = 2  # on a worker, so that it is more than they can do
@@ -31,7 +33,7 @@ HEAL_AT_S = 55.0
 BLOCK_TOKENS = 16
 SHARED_TOKENS = 48  # that many prompts begin with, whoever sends them
 MODEL = protocol.ModelFacts("llama-3.1-8b", "a" * 64, 2048, 128_256, 131_072)
-STEP = protocol.StepModel(0.08, 0.002, 2e-6)
+STEP = protocol.StepModel(0.08, 0.002, 2e-6, (2e-4, 1e-4))
 CLASSES = (
     domain.SLOClass("interactive", 0, ttft_s_p99=4.0, itl_s_p99=0.4, queue_s_max=20.0),
     domain.SLOClass("flex", 1, ttft_s_p99=10.0, itl_s_p99=1.0, queue_s_max=60.0),

@@ -25,6 +25,18 @@ ENDS = frozenset(
         "poison_request", "worker_error", "gateway_lost",
     }
 )  # fmt: skip
+# States that the seeds must reach, or they would prove little: each by one of RARE_SEEDS at least.
+RARE_SEEDS = 1_000
+RARE = frozenset(
+    {
+        "failover again", "handoff recomputed", "moved before its start", "plane restarted",
+        "poison", "reattached", "duplicate dropped", "gap", "stalled", "surplus late",
+        "surplus contract_rate", "contract_rate", "contract_budget", "contract_concurrency", "late",
+        "queue_full", "queue_timeout", "no KV room", "planner flip", "no_worker",
+        "tenant_concurrency", "tenants compared", "impostor", "goodbye", "console stalled",
+        "sequence failed", "worker_error", "poison_request",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +143,10 @@ class History:
             block_tokens=scenarios.BLOCK_TOKENS,
             num_blocks=spec.num_blocks,
             step_model=protocol.StepModel(
-                slow * step.base_s, slow * step.per_token_s, slow * step.per_context_token_s
+                slow * step.base_s,
+                slow * step.per_token_s,
+                slow * step.per_context_token_s,
+                (slow * step.per_token_over_s[0], slow * step.per_token_over_s[1]),
             ),
             handoff_address=f"127.0.0.1:{self._num_joined}",
             token="t",
