@@ -272,7 +272,8 @@ def _merged(loads: Sequence[PromptLoad]) -> PromptLoad:
     ) / per_s  # fmt: skip
     p99_s = max(load.service_s_p99 for load in loads if load.per_s > 0.0)
     dispersion = max(load.arrival_cv2 for load in loads)
-    return PromptLoad(per_s, mean_s, p99_s, max(0.0, square / mean_s**2 - 1.0), dispersion)
+    cv2 = max(0.0, square / mean_s**2 - 1.0) if mean_s > 0.0 else 0.0  # all prompts cached: no work
+    return PromptLoad(per_s, mean_s, p99_s, cv2, dispersion)
 
 
 def _shared(load: ModelLoad, parts: float) -> ModelLoad:

@@ -265,7 +265,8 @@ class History:
         for member in cluster.members:
             member.frozen_until_s = min(member.frozen_until_s, cluster.events.now_s)
             member.cut_off_until_s = min(member.cut_off_until_s, cluster.events.now_s)
-            member.slow_factor = 1.0
+            if member.slow_factor != 1.0:  # the step in hand stays slow
+                member.slow_factor, member.disturbed_at_s = 1.0, cluster.events.now_s
         for spec in self.scenario.workers[:2]:
             self.join(replace(spec, role="mixed", num_blocks=400))
 

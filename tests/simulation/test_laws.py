@@ -10,7 +10,7 @@ from controlplane.contractbook import ContractBook
 from controlplane.invariants import Watch
 from controlplane.latency import LatencyModel
 from controlplane.sim import laws, scenario
-from controlplane.sim.fairness import WINDOW_S, Fairness
+from controlplane.sim.equalshares import WINDOW_S, Fairness
 from gpuworkers import scheduler
 from gpuworkers.sequence import Sequence
 from tests.factories import make_hello, make_load, make_request
