@@ -66,6 +66,8 @@ _REJECTIONS = {
     "contract_concurrency": (429, "rate_limit_exceeded"),
     "contract_budget": (429, "insufficient_quota"),
     "late": (503, "overloaded"),
+    "overloaded": (503, "overloaded"),
+    "overload_share": (429, "rate_limit_exceeded"),
     "queue_full": (503, "overloaded"),
     "no_worker": (503, "overloaded"),
     "model_not_served": (503, "overloaded"),

@@ -28,6 +28,7 @@ from controlplane.decisions import Explanation
 from controlplane.errors import ConfigError
 from controlplane.gpuledger import GpuView
 from controlplane.ledger import AccountView, RateView
+from controlplane.overload import OverloadView
 from controlplane.plane import ControlPlane
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,10 @@ class Fleet:
     def gpu_seconds(self) -> tuple[GpuView, ...]:
         """How each worker has spent its time."""
         return self._plane.gpu_seconds()
+
+    def overload(self) -> OverloadView:
+        """The rung of the overload ladder and its signals."""
+        return self._plane.overload()
 
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit; nothing changes."""

@@ -20,6 +20,7 @@ from console.costs import CostLine, Key
 from console.facts import RequestFact
 from controlplane import domain
 from controlplane.gpuledger import GpuView
+from controlplane.overload import OverloadView
 
 # Seconds. TTFT as vLLM's loggers.py; ITL begins lower, because a decode step takes 5-20 ms on an
 # H200; queue waits begin at 1 ms, because a 100 ms target is blind to vLLM's 0.3 s.
@@ -161,6 +162,21 @@ class Metrics:
             ["tenant", "model", "slo_class", "view"],
             **common,
         )
+
+        self.overload_rung = Gauge(
+            "slackwater_overload_rung", "Rung of the overload ladder, 0 to 4", **common
+        )
+        self.overload_signal = Gauge(
+            "slackwater_overload_signal_ratio",
+            "Share of a limit, 1 at the limit; the highest decides the rung",
+            ["signal"],
+            **common,
+        )
+
+    def set_overload(self, view: OverloadView) -> None:
+        self.overload_rung.set(view.rung)
+        for name, share in view.signals.items():
+            self.overload_signal.labels(name).set(share)
 
     def set_gpu(self, workers: Sequence[GpuView]) -> None:
         """How workers spent their time; those that left disappear."""

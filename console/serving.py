@@ -120,6 +120,7 @@ class Serving:
             await asyncio.sleep(due_at_s - self.loop.time())
             lag_s = max(0.0, self.loop.time() - due_at_s)
             state.metrics.loop_lag_seconds.observe(lag_s)
+            state.lag_s = lag_s
             if lag_s > TICK_S:
                 due_at_s = self.loop.time()  # skip what was missed
             self._renew_policy()

@@ -16,14 +16,17 @@ from console.contracts import ContractFeed
 from console.costbook import CostBook
 from console.fleet import Fleet
 from console.gateway import Gateway
+from console.hostload import HostMeter
 from console.live import LiveStats
 from console.metrics import Metrics
 from console.snapshot import SnapshotKeeper
 from console.tokens import Tokenizers
 from console.workerprocs import WorkerProcs
-from console.writer import FactWriter
+from console.writer import FACTS_MAX, FactWriter
+from controlplane import domain
 
 T = TypeVar("T")
+HOST_TICKS = 3  # turns between two looks at how full this machine is
 COST_TICKS = 10  # control loop turns between two looks at what workers have spent: a second
 
 
@@ -45,6 +48,8 @@ class ServerState:
     profile: str  # local or public
     started_at_s: float  # on the fleet's clock
     costs: CostBook | None = None
+    host: HostMeter | None = None
+    lag_s: float = 0.0  # of the control loop's last turn
     contracts: ContractFeed = field(default_factory=ContractFeed)
     draining: bool = False
     tick_at_s: float | None = None  # last turn of the control loop, on the fleet's clock
@@ -59,6 +64,7 @@ class ServerState:
         if event := self.contracts.next(self.snapshot.current, datetime.now(UTC)):
             self.fleet.handle(event)
         self._count_costs()
+        self._tell_host_load()
         self.tick_at_s = self.fleet.now_s()
         if self.snapshot.num_failures > self.num_database_failures:
             self.num_database_failures = self.snapshot.num_failures
@@ -71,6 +77,15 @@ class ServerState:
         self.metrics.set_gpu(workers)
         if self.costs.tick(datetime.now(UTC), workers):
             self.metrics.set_costs(self.costs.last_hour())
+
+    def _tell_host_load(self) -> None:
+        if self.host is None:
+            return
+        self.host.observe_lag(self.lag_s)
+        if self.fleet.num_ticks % HOST_TICKS == 0:
+            signals = self.host.signals(self.writer.num_waiting, FACTS_MAX)
+            self.fleet.handle(domain.HostLoad(signals))
+            self.metrics.set_overload(self.fleet.overload())
 
     def close_costs(self) -> None:
         """The server ends in the middle of a minute."""

@@ -164,7 +164,8 @@ class Queued:
 class Rejected:
     """`code` is stable: tenant_concurrency, queue_full, no_worker, model_not_served,
     prompt_too_long, queue_timeout, draining, retries_exhausted, contract_rate, contract_budget,
-    contract_concurrency, late, over_commit, poison_request, worker_error."""
+    contract_concurrency, late, overloaded, overload_share, over_commit, poison_request,
+    worker_error."""
 
     code: str
     message: str
@@ -358,6 +359,13 @@ class ServerDraining:
 
 
 @dataclass(frozen=True, slots=True)
+class HostLoad:
+    """How full the console itself is: shares of a limit by name, 1.0 at the limit."""
+
+    signals: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Every 100 ms: expiry of workers and queued requests, planner."""
 
@@ -383,6 +391,7 @@ Event = (
     | PolicyChanged
     | ClassesSet
     | ServerDraining
+    | HostLoad
     | Tick
 )
 

@@ -16,6 +16,7 @@ from controlplane.decisions import Explanation
 from controlplane.domain import Command
 from controlplane.gpuledger import GpuLedger, GpuView
 from controlplane.ledger import AccountView, RateView
+from controlplane.overload import OverloadView
 from controlplane.planner import Planner
 from controlplane.plans import Plans
 from controlplane.prefixes import PrefixIndex
@@ -88,6 +89,8 @@ class ControlPlane:
                 self._on_policy(event)
             case domain.ServerDraining():
                 self._requests.is_draining = True
+            case domain.HostLoad(signals):
+                self._requests.overload.observe(signals, now_s)
             case domain.Tick():
                 self._on_tick(now_s)
         self._requests.start_waiting(now_s)
@@ -134,6 +137,10 @@ class ControlPlane:
     def gpu_seconds(self) -> tuple[GpuView, ...]:
         """How each worker has spent its time, and whether that adds up."""
         return self._gpu.views()
+
+    def overload(self) -> OverloadView:
+        """The rung of the overload ladder and its signals."""
+        return self._requests.overload.view()
 
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit, model by model, were they set now."""
@@ -241,6 +248,7 @@ class ControlPlane:
         for worker in self._registry.forget_lost(now_s):
             self._requests.forgotten(worker)
             self._gpu.forget([worker.worker_id])
+        self._requests.watch_overload(now_s)
         self._requests.expire(now_s)
         self._requests.balance(now_s)
         self._requests.evacuation.step(now_s)

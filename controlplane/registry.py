@@ -321,6 +321,14 @@ class Worker:
             free += 0 if is_batch else self.load.kv_blocks_held_batch
         return free - (self.blocks_given if is_batch else self.blocks_given_online)
 
+    @property
+    def blocks_online(self) -> int:
+        """KV blocks that online sequences were given: batch rows would make way."""
+        return min(
+            self.hello.num_blocks,
+            sum(held.blocks for held in self.reservations.values() if not held.is_batch),
+        )
+
     def _predicted_s(self) -> float:
         return max(self.load.predicted_s, self.load.measured_s) if self.load else 0.0
 

@@ -24,6 +24,7 @@ from controlplane.evacuation import Evacuation
 from controlplane.failover import Tracked
 from controlplane.ledger import Account, Ledger, worst_case
 from controlplane.moving import Mover
+from controlplane.overload import NO_BATCH, NO_SURPLUS, SHARES_ONLY, Overload
 from controlplane.placing import Placer
 from controlplane.planner import Planner
 from controlplane.prefixes import PrefixIndex
@@ -89,6 +90,7 @@ class Requests:
         )
         self._swept_at_s = 0.0
         self.ledger = Ledger()
+        self.overload = Overload()
         self.is_draining = False
 
     @property
@@ -127,7 +129,7 @@ class Requests:
         tracked = Tracked(request, "queued", now_s)
         account = self.ledger.account(request)
         found: Route | None = None
-        refused = self.mover.quarantine.refuse(request, now_s) or self._refuse(request)
+        refused = self.mover.quarantine.refuse(request, now_s) or self._refuse(request, now_s)
         if refused is None:
             found = self._placer.route(tracked, now_s)
             refused = self._admit(tracked, found, account, now_s)
@@ -143,7 +145,7 @@ class Requests:
             self._num_by_tenant[request.tenant_id] = count + 1
         if account is not None:
             self.ledger.reserve(account, request, tracked.tier, now_s)
-        is_alone = not len(self._room)
+        is_alone = not len(self._room) and not (request.slo.is_batch and self._room.is_batch_held)
         self._room.enter(request, tracked.tier, now_s)
         if is_alone and found is not None and found.placement is not None and not tracked.demotion:
             self._placer.start_now(tracked, found, now_s)
@@ -233,7 +235,7 @@ class Requests:
         if account is not None and is_ours and tracked.tier == "guaranteed":
             account.objective.observe(is_met, now_s)
 
-    def _refuse(self, request: domain.GenerateRequest) -> Rejected | None:
+    def _refuse(self, request: domain.GenerateRequest, now_s: float) -> Rejected | None:
         if self.is_draining:
             return Rejected("draining", "the console is shutting down", DRAINING_RETRY_S)
         running = self._num_by_tenant.get(request.tenant_id, 0)
@@ -251,8 +253,40 @@ class Requests:
                 f" {self._config.requests_max}",
                 RETRY_S,
             )
+        if refused := self._refuse_overload(request, now_s):
+            return refused
         pool = self._placer.pools.pool(request.model_id)
         return refuse_worker(request, pool, len(self._registry.workers))
+
+    def _refuse_overload(self, request: domain.GenerateRequest, now_s: float) -> Rejected | None:
+        """Equal shares of what runs and waits, over the tenants that have some of it."""
+        if self.overload.rung < SHARES_ONLY:
+            return None
+        held = self._num_by_tenant.get(request.tenant_id, 0)
+        tenants = len(self._num_by_tenant) + (held == 0)
+        fair_share = (sum(self._num_by_tenant.values()) + 1) / tenants
+        oldest_s = self._room.oldest_s(now_s, self._is_served)
+        chance = self._placer.uniform()
+        return self.overload.refuse(request, held, fair_share, oldest_s, chance)
+
+    def _is_served(self, model_id: str) -> bool:
+        """Some worker that is here could take it; waiting for one that is not is no overload."""
+        pool = self._placer.pools.pool(model_id)
+        return pool is not None and len(pool.decoders) + len(pool.prefillers) > 0
+
+    def watch_overload(self, now_s: float) -> None:
+        """At each tick: the plane's own signals, and what the rung holds back."""
+        if self.overload.is_due(now_s):
+            blocks = [(w.blocks_online, w.hello.num_blocks) for w in self._registry.workers.values()
+                      if w.status == "live"]  # fmt: skip
+            total = sum(num_blocks for _, num_blocks in blocks)
+            signals = {
+                "queue": self._room.wait_share(now_s, self._is_served),
+                "kv": sum(held for held, _ in blocks) / total if total else 0.0,
+            }
+            self.overload.observe(signals, now_s)
+        self._room.is_batch_held = self.overload.rung >= NO_BATCH
+        self._room.is_surplus_held = self.overload.rung >= NO_SURPLUS
 
     def first_token(self, event: domain.FirstToken, now_s: float) -> None:
         tracked = self.tracked.get(event.request_id)

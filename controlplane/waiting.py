@@ -6,6 +6,7 @@ over tenants inside a class; then the surplus tier in the same order; batch line
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from controlplane.config import ControlPlaneConfig
@@ -28,6 +29,8 @@ class WaitingRoom:
     _moving: OrderedDict[str, GenerateRequest] = field(default_factory=OrderedDict)
     _start_by_s: dict[str, float] = field(default_factory=dict)  # of those that move
     _since_s: dict[str, float] = field(default_factory=dict)
+    is_batch_held: bool = False  # none of it starts (overload.py)
+    is_surplus_held: bool = False
 
     def __len__(self) -> int:
         return len(self._since_s)
@@ -100,6 +103,10 @@ class WaitingRoom:
         heads = [head for head in moving if not head.slo.is_batch][:limit]
         batch = [head for head in moving if head.slo.is_batch][:limit]
         for line in sorted(self._queues):
+            if self.is_surplus_held and line[0]:
+                continue
+            if self.is_batch_held and self._queues[line].is_batch:
+                continue
             for head in self._queues[line].heads(limit, hits):
                 (batch if head.slo.is_batch else heads).append(head)
         return heads + batch
@@ -145,6 +152,25 @@ class WaitingRoom:
 
     def waited_s(self, request_id: str, now_s: float) -> float:
         return now_s - self._since_s[request_id]
+
+    def _guaranteed(self, is_served: Callable[[str], bool]) -> Iterator[GenerateRequest]:
+        """Online requests of the guaranteed tier that wait for a worker which is there."""
+        for (is_surplus, _, _), queue in self._queues.items():
+            if not is_surplus and len(queue) and not queue.is_batch:
+                yield from (item for item in queue.requests() if is_served(item.model_id))
+
+    def oldest_s(self, now_s: float, is_served: Callable[[str], bool]) -> float:
+        """How long the oldest of them has waited; 0 without any."""
+        waits = (self.waited_s(item.request_id, now_s) for item in self._guaranteed(is_served))
+        return max(waits, default=0.0)
+
+    def wait_share(self, now_s: float, is_served: Callable[[str], bool]) -> float:
+        """The longest wait over what its class allows."""
+        shares = (
+            self.waited_s(item.request_id, now_s) / item.slo.queue_s_max
+            for item in self._guaranteed(is_served)
+        )
+        return max(shares, default=0.0)
 
     def overdue(self, now_s: float) -> list[GenerateRequest]:
         """Requests that have waited longer than their class allows."""

@@ -26,6 +26,7 @@ from console.costbook import CostBook
 from console.daphneserver import event_loop
 from console.fleet import Fleet
 from console.gateway import Gateway
+from console.hostload import HostMeter
 from console.live import LiveStats
 from console.localfleet import LocalFleet, read_limits
 from console.metrics import Metrics
@@ -252,6 +253,7 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
         fleet=fleet,
         gateway=gateway,
         costs=live.costs,
+        host=HostMeter(settings.SLACKWATER_VAR),
         live=live,
         metrics=metrics,
         snapshot=snapshot,
