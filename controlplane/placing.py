@@ -187,7 +187,9 @@ class Placer:
         found = route(ask, pool, self.rates, self._config, self.uniform, can_split=True)
         placement, former = found.placement, tracked.placement
         assert former is not None
-        if placement is None or placement.split != former.split:
+        if placement is None:
+            return None
+        if placement.split != former.split and not waiting.is_silent:
             return None  # whether a prompt is computed apart was decided on other grounds
         limit_s = self._config.replace_gain * waiting.ttft_s
         is_sooner = found.queue_s <= self._config.replace_gain * waiting.wait_s

@@ -494,7 +494,7 @@ class Requests:
                 worker.is_ejected(now_s)
             )
             self.refile(worker)
-        for waiting in not_started(workers.values(), self.tracked, self._config):
+        for waiting in not_started(workers.values(), self.tracked, self._config, now_s):
             found = self._placer.sooner(waiting, now_s)
             if found is None:
                 continue
@@ -502,9 +502,10 @@ class Requests:
             self.mover.leave(tracked, now_s)
             tracked.num_replaced += 1
             tracked.cause = "replaced"
+            there = "is silent" if waiting.is_silent else f"in {waiting.wait_s * 1000.0:.0f} ms"
             tracked.move_reason = (
                 f"{found.candidates[0].worker_id} starts it in {found.queue_s * 1000.0:.0f} ms,"
-                f" {waiting.worker_id} in {waiting.wait_s * 1000.0:.0f} ms"
+                f" {waiting.worker_id} {there}"
             )
             tracked.enter_phase("queued", now_s)
             self._room.enter_moving(tracked.request, now_s, now_s)

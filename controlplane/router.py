@@ -65,6 +65,11 @@ def route(
         missing = "no prefill worker is live"
     options = _options(decoders, ask, config, uniform, is_prefill=False)
     local = _pick(options, ask, config)
+    if local is None and len(prefillers) and all(option.worker.is_out for option in options):
+        missing = "no decode worker can be reached"
+        decoders, prefillers = prefillers, LoadLevels()
+        options += _options(decoders, ask, config, uniform, is_prefill=False)
+        local = _pick(options, ask, config)
     if local is None:
         return _nowhere(options, pool, config)
     if not can_split or not len(prefillers):

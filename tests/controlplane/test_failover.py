@@ -578,3 +578,32 @@ def test_least_laxity_goes_first_within_a_class():
         rig.handle(domain.FirstToken(request_id, 0.1))
     rig.join("decode")
     assert dispatched(rig.close("w1")) == ["long"], "its prompt takes longer, its gap is the same"
+
+
+# --- suspects -------------------------------------------------------------------------------------
+
+
+def test_request_that_a_silent_worker_has_not_started_moves_before_the_worker_is_given_up():
+    rig = Rig()
+    rig.join("mixed"), rig.join("mixed")
+    rig.submit("begun")
+    rig.handle(domain.FirstToken("begun", 0.1))
+    silent = rig.request("begun").placement.decode_worker
+    other = "w2" if silent == "w1" else "w1"
+    rig.send(other, make_load(prefill_tokens_waiting=900, running_online=1))
+    rig.submit("new", prompt_tokens=100)
+    assert rig.request("new").placement.decode_worker == silent
+    rig.send(other, make_load())
+    commands = rig.tick(1.8, heard=(other,))
+    assert dispatched(commands) == ["new"] and rig.request("new").placement.decode_worker == other
+    assert "is silent" in of(domain.Decided, commands)[0].record.reason
+    assert rig.request("begun").placement.decode_worker == silent, "it may come back with its KV"
+    assert dispatched(rig.tick(1.5, heard=(other,))) == ["begun"]
+
+
+def test_prefill_worker_takes_all_work_while_the_only_decode_worker_is_silent():
+    rig = demo()
+    rig.tick(1.8, heard=("w1",))
+    commands = rig.submit("r1", prompt_tokens=400)
+    assert of(domain.Dispatch, commands) == [domain.Dispatch("w1", "r1", 1, "full")]
+    assert of(domain.Decided, commands)[0].record.split_reason == "no decode worker can be reached"
