@@ -1,27 +1,74 @@
 """Requests that kill or fail their workers, and a worker that fails its requests, as processes."""
 
+import os
+import subprocess
+import sys
 import threading
-from pathlib import Path
 
 import openai
 import pytest
 
-from tests.e2e.harness import MODELLED, Server, stream_lines, until
+from tests.e2e.harness import MODELLED, ROOT, Server, stream_lines, until
 
 pytestmark = [pytest.mark.serial, pytest.mark.kill]
-FAULTY = Path(__file__).parent / "faulty"
 NUM_WORKERS = 3
+TOKENS = """
+from console import jointokens
+print(*(jointokens.mint("a test") for _ in range(12)))
+"""
+
+
+class Workers:
+    """Worker processes that fail on marked prompts, each started again when it ends."""
+
+    def __init__(self, server, folder):
+        self.server = server
+        self.folder = folder
+        self.tokens = server.manage("shell", "-v", "0", "-c", TOKENS).stdout.split()
+        self.num_starts = 0
+        self.is_over = threading.Event()
+        self.threads = [threading.Thread(target=self._keep, args=(i,)) for i in range(NUM_WORKERS)]
+        for thread in self.threads:
+            thread.start()
+
+    def _keep(self, index):
+        while not self.is_over.is_set():
+            self.num_starts += 1
+            process = self._start(index, self.tokens.pop())
+            while process.poll() is None and not self.is_over.wait(0.05):
+                pass
+            process.kill()
+            process.wait()
+
+    def _start(self, index, token):
+        url = f"ws://127.0.0.1:{self.server.port}/ws/worker"
+        command = [sys.executable, "-m", "tests.e2e.faultyworker", "--join", url]
+        command += ["--engine", "fake", "--name", f"faulty-{index}"]
+        command += ["--exit-with-parent", str(os.getpid())]
+        environ = {**os.environ, "SLACKWATER_JOIN_TOKEN": token, "TMPDIR": str(self.folder)}
+        with (self.folder / f"faulty-{index}.log").open("a") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def stop(self):
+        self.is_over.set()
+        for thread in self.threads:
+            thread.join()
 
 
 @pytest.fixture
-def faulty_server(tmp_path, monkeypatch):
-    """Three modelled workers that the markers of tests/e2e/faulty make fail."""
-    monkeypatch.setenv("PYTHONPATH", str(FAULTY))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    options = ("--workers", f"mixed={NUM_WORKERS}", "--engine", "fake", "--profile", "h200-8b")
-    served = Server(tmp_path / "var", options)
-    yield served.start(NUM_WORKERS)
-    served.stop()
+def faulty(tmp_path):
+    """A server and its workers."""
+    served = Server(tmp_path / "var", ("--engine", "fake"))
+    served.start(num_workers=None)
+    workers = Workers(served, tmp_path)
+    try:
+        until(lambda: served.num_live() == NUM_WORKERS, "the workers")
+        yield served, workers
+    finally:
+        workers.stop()
+        served.stop()
 
 
 def body(text, max_tokens=16):
@@ -82,28 +129,31 @@ def refused(server, text):
     return caught.value.code, caught.value.response.headers["x-should-retry"]
 
 
-def test_poison_request_costs_two_workers_and_no_neighbour(faulty_server):
-    neighbours = Neighbours(faulty_server)
+def test_poison_request_costs_two_workers_and_no_neighbour(faulty):
+    server, workers = faulty
+    neighbours = Neighbours(server)
     with neighbours:
-        assert refused(faulty_server, "poison ~") == ("poison_request", "false")
+        assert refused(server, "poison ~") == ("poison_request", "false")
     neighbours.check()
-    until(lambda: faulty_server.num_live() == NUM_WORKERS, "all workers again")
-    assert faulty_server.num_starts() - NUM_WORKERS == 2
-    assert refused(faulty_server, "poison ~") == ("poison_request", "false")
-    assert faulty_server.num_starts() - NUM_WORKERS == 2, "the prompt is quarantined"
-    assert ask(faulty_server, "no poison")
+    until(lambda: server.num_live() == NUM_WORKERS, "all workers again")
+    assert workers.num_starts - NUM_WORKERS == 2
+    assert refused(server, "poison ~") == ("poison_request", "false")
+    assert workers.num_starts - NUM_WORKERS == 2, "the prompt is quarantined"
+    assert ask(server, "no poison")
 
 
-def test_request_that_fails_on_every_worker_ends_and_harms_nobody(faulty_server):
-    neighbours = Neighbours(faulty_server)
+def test_request_that_fails_on_every_worker_ends_and_harms_nobody(faulty):
+    server, workers = faulty
+    neighbours = Neighbours(server)
     with neighbours:
-        assert refused(faulty_server, "fails ^") == ("worker_error", "false")
+        assert refused(server, "fails ^") == ("worker_error", "false")
     neighbours.check()
-    assert faulty_server.num_starts() == NUM_WORKERS
-    assert faulty_server.num_live() == NUM_WORKERS
+    assert workers.num_starts == NUM_WORKERS
+    assert server.num_live() == NUM_WORKERS
 
 
-def test_requests_that_one_worker_fails_end_well_on_another(faulty_server):
-    texts = [ask(faulty_server, f"asks {index} |") for index in range(6)]
+def test_requests_that_one_worker_fails_end_well_on_another(faulty):
+    server, _ = faulty
+    texts = [ask(server, f"asks {index} |") for index in range(6)]
     assert all(len(text) == 16 for text in texts)
-    assert faulty_server.metric("slackwater_failovers_total") == 1, "then it was quarantined"
+    assert server.metric("slackwater_failovers_total") == 1, "then it was quarantined"
