@@ -12,8 +12,10 @@ from tests.e2e.harness import MODELLED, ROOT, Server, stream_lines, until
 
 pytestmark = [pytest.mark.serial, pytest.mark.kill]
 NUM_WORKERS = 3
-TOKENS = """
+PREPARED = f"""
 from console import jointokens
+from console.models import Model
+Model.objects.get_or_create(model_id="{MODELLED}", defaults=dict(folder="", max_model_len=4096))
 print(*(jointokens.mint("a test") for _ in range(12)))
 """
 
@@ -24,7 +26,7 @@ class Workers:
     def __init__(self, server, folder):
         self.server = server
         self.folder = folder
-        self.tokens = server.manage("shell", "-v", "0", "-c", TOKENS).stdout.split()
+        self.tokens = server.manage("shell", "-v", "0", "-c", PREPARED).stdout.split()
         self.num_starts = 0
         self.is_over = threading.Event()
         self.threads = [threading.Thread(target=self._keep, args=(i,)) for i in range(NUM_WORKERS)]
@@ -65,6 +67,7 @@ def faulty(tmp_path):
     workers = Workers(served, tmp_path)
     try:
         until(lambda: served.num_live() == NUM_WORKERS, "the workers")
+        until(lambda: MODELLED in [m.id for m in served.client().models.list()], "its row")
         yield served, workers
     finally:
         workers.stop()
@@ -88,6 +91,7 @@ class Neighbours:
         self.server = server
         self.bodies = [body(f"neighbour {index}", 600) for index in range(count)]
         self.undisturbed = [stream_lines(server, item) for item in self.bodies]
+        assert [stream.error for stream in self.undisturbed] == [""] * count
         self.streams = [None] * count
         self.started = [threading.Event() for _ in range(count)]
         self.threads = [threading.Thread(target=self._run, args=(i,)) for i in range(count)]
@@ -102,7 +106,7 @@ class Neighbours:
         for thread in self.threads:
             thread.start()
         for event in self.started:
-            assert event.wait(60)
+            assert event.wait(60), (self.streams, self.server.tail())
         return self
 
     def __exit__(self, *exception):
