@@ -20,6 +20,7 @@ STATUS_WORDS = {  # status -> (icon in _icons.html, word)
     "no_data": ("none", "no data"),
     "live": ("ok", "live"),
     "suspect": ("warn", "suspect"),
+    "loading": ("drain", "loading"),
     "draining": ("drain", "draining"),
     "drained": ("drain", "drained"),
     "lost": ("missed", "lost"),

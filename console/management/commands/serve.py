@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Command(BaseCommand):
         add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
         add("--numerics", choices=("exact", "fast"), default="", help="default: by the device")
         add("--device", default="cpu", help="cpu, or cuda:0,cuda:1,… for the workers in turn")
+        add("--loadable", default="", metavar="DIR|ID,…", help="models workers can load instead")
         add("--workers-min", type=int, default=0, metavar="N", help="the plan keeps at least N")
         add("--workers-max", type=int, default=0, metavar="N", help="let the plan start up to N")
         add("--demo", action="store_true", help="the demo: small real model, two workers, load")
@@ -152,6 +154,8 @@ def worker_specs(options: dict[str, Any]) -> list[WorkerSpec]:
             )
         common["model_dir"] = str(folder.resolve())
         common["model_id"] = options["model_id"] or folder.resolve().name
+    if roles:
+        common["loadable"] = loadable_models(options)
     devices = options["device"].split(",")
     specs = [
         WorkerSpec(role=role, device=devices[index % len(devices)], **common)
@@ -165,6 +169,19 @@ def worker_specs(options: dict[str, Any]) -> list[WorkerSpec]:
             WorkerSpec(role="mixed", count=options["fleet"], profile=FLEET_PROFILE, **modelled)
         )
     return specs
+
+
+def loadable_models(options: dict[str, Any]) -> tuple[str, ...]:
+    """As workers take them: ids of modelled models, else id=folder, the folder's name as the id.
+    Raises ConfigError."""
+    names = tuple(name for name in options["loadable"].split(",") if name)
+    if options["engine"] == "fake":
+        return names
+    folders = [Path(name).expanduser().resolve() for name in names]
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--loadable={folder}: expected folders with model.safetensors")
+    return tuple(f"{folder.name}={folder}" for folder in folders)
 
 
 def fleet_limits(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> tuple[int, int] | None:
@@ -189,6 +206,14 @@ def local_fleet(
     if limits is None:
         return None
     templates = {spec.model_id: spec for spec in specs if spec.count == 1}
+    for spec in list(templates.values()):
+        for part in spec.loadable:  # started with it, such a worker can load the first model
+            name, _, folder = part.partition("=")
+            others = [other for other in spec.loadable if other != part]
+            first = f"{spec.model_id}={spec.model_dir}" if spec.model_dir else spec.model_id
+            templates[name] = replace(
+                spec, model_id=name, model_dir=folder, loadable=(first, *others)
+            )
     return LocalFleet(current.workers, templates, options["device"].split(","), limits)
 
 
@@ -201,14 +226,21 @@ def prepare(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> None:
     asgi.django_application.load_middleware(is_async=True)
     ensure_default_classes()
     for spec in specs:
-        max_model_len = MODELLED_MODEL_LEN
-        if spec.model_dir:
-            config = json.loads((Path(spec.model_dir) / "config.json").read_text())
-            max_model_len = int(config["max_position_embeddings"])
-        Model.objects.update_or_create(
-            model_id=spec.model_id,
-            defaults={"folder": spec.model_dir, "max_model_len": max_model_len},
-        )
+        remember_model(spec.model_id, spec.model_dir)
+        for part in spec.loadable:
+            name, _, folder = part.partition("=")
+            remember_model(name, folder)
+
+
+def remember_model(model_id: str, folder: str) -> None:
+    """The row by which requests may name it; modelled ones have no folder."""
+    max_model_len = MODELLED_MODEL_LEN
+    if folder:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        max_model_len = int(config["max_position_embeddings"])
+    Model.objects.update_or_create(
+        model_id=model_id, defaults={"folder": folder, "max_model_len": max_model_len}
+    )
 
 
 def collect_static() -> None:

@@ -79,6 +79,6 @@ export function pick(frame, path) {
 // Colour class and word of a status, as units.STATUS_WORDS.
 export const STATUS = {
   ok: ["ok", "ok"], missed: ["missed", "missed"], no_data: ["none", "no data"],
-  live: ["ok", "live"], suspect: ["warn", "suspect"], draining: ["drain", "draining"],
+  live: ["ok", "live"], suspect: ["warn", "suspect"], loading: ["drain", "loading"], draining: ["drain", "draining"],
   drained: ["drain", "drained"], lost: ["missed", "lost"],
 };
