@@ -35,6 +35,7 @@ class _Life:
     tier: str = ""  # as its worker was told in this epoch
     num_moved: int = 0  # off workers that were lost or failed it
     num_replaced: int = 0  # before its start
+    is_failover: bool = False  # counted as one, and its decision is not here yet
 
     @property
     def tokens_max(self) -> int:
@@ -150,7 +151,7 @@ class Watch:
                 self._reaches(worker_id, command)
             case domain.FailoverCounted(request_id):
                 life = self._lives[request_id]
-                life.num_moved += 1
+                life.num_moved, life.is_failover = life.num_moved + 1, True
                 limit = self._config.moves_max
                 assert life.num_moved <= limit, f"I13: {request_id} moved {life.num_moved} times"
             case _:
@@ -207,6 +208,8 @@ class Watch:
                 if isinstance(outcome, domain.Queued):
                     assert outcome.position >= 1 and outcome.predicted_start_s >= 0.0, outcome
                     return
+                assert not life.is_failover or cause == "failover", f"I18: {name} moved by {cause}"
+                life.is_failover = False
                 is_surplus = demotion is not None and demotion.code != "late"
                 tier = "surplus" if is_surplus else "guaranteed"
                 assert life.tier == tier, f"I5: {name} runs as {life.tier}, demoted: {demotion}"

@@ -42,7 +42,10 @@ SWAPS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
 # Source lines whose mutants change nothing that anybody could see, and why.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT = {
+    "worker.is_out = worker.is_ejected(now_s)": "the next tick says the same; is_ejected already"
+    " keeps work away, and is_out only says where the worker is filed",
+}
 # Functions likewise.
 EQUIVALENT_IN = {
     "_chunk_root": "a start value: chunk_tokens brings any chunk to the same length afterwards",
