@@ -49,6 +49,10 @@ class LoadLevels:
         place = self._place.get(worker_id)
         return self._levels[place[0]][place[1]] if place else None
 
+    def level(self, worker_id: str) -> int | None:
+        place = self._place.get(worker_id)
+        return place[0] if place else None
+
     def all(self) -> list[Worker]:
         """In order of joining."""
         workers = [worker for level in self._levels for worker in level]
@@ -168,4 +172,6 @@ class Pools:
                 assert there.get(worker.worker_id) is None, worker.worker_id
                 is_live = worker.status == "live"
                 assert (here.get(worker.worker_id) is worker) == is_live, worker.worker_id
+                level = self.level(worker) if is_live else None
+                assert here.level(worker.worker_id) == level, (worker.worker_id, level)
         assert set(self._models_of) == set(workers), (self._models_of, list(workers))

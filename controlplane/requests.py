@@ -490,10 +490,10 @@ class Requests:
                 self._ejector.sweep(pool, now_s)
             self._expire_handoffs(now_s)
         for worker in workers.values():
-            worker.is_out = not worker.is_accepting(now_s, self._config) or (
-                worker.is_ejected(now_s)
-            )
-            self.refile(worker)
+            is_out = not worker.is_accepting(now_s, self._config) or worker.is_ejected(now_s)
+            if is_out != worker.is_out:
+                worker.is_out = is_out
+                self.refile(worker)
         for waiting in not_started(workers.values(), self.tracked, self._config, now_s):
             found = self._placer.sooner(waiting, now_s)
             if found is None:
