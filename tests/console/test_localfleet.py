@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from console.journal import Journal
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from console.fleet import Fleet
 from console.gateway import LiveRequest, Tokens
-from console.journal import Journal
 from console.localfleet import LocalFleet, read_limits
 from console.metrics import Metrics
 from console.workerprocs import WORKERS_MAX, WorkerProcs, WorkerSpec
