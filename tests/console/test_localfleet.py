@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-from console.journal import Journal
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
@@ -18,6 +17,7 @@ from console.workerprocs import WORKERS_MAX, WorkerProcs, WorkerSpec
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
 from controlplane.errors import ConfigError
+from controlplane.journal import Journal
 from controlplane.plane import ControlPlane
 from tests.console.test_fleet import Facts, Rig, sent
 from tests.console.test_workerprocs import is_alive, until
