@@ -221,11 +221,16 @@ class WorkerProcs:
                 return
             failures = 0 if lived_s >= STEADY_S else failures + 1
             proc.state = "waiting"
-            await asyncio.sleep(min(RESTART_S_MAX, RESTART_S_MIN * 2**failures))
+            await asyncio.sleep(pause_s(failures))
             if proc.is_leaving:
                 del self._procs[proc.name]
                 return
             proc.restarts += 1
+
+
+def pause_s(failures: int) -> float:
+    """Before the next start, after so many processes in a row that lived shorter than STEADY_S."""
+    return min(RESTART_S_MAX, RESTART_S_MIN * 2.0 ** min(failures, 10))
 
 
 class _Proc:

@@ -39,6 +39,7 @@ class Part:
     live_min: int  # workers, before the next fault
     pause_s: tuple[float, float]
     limit_s: float
+    has_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def real_part(folder: Path) -> Part:
         live_min=3,
         pause_s=(1.0, 4.0),
         limit_s=330.0,
+        has_logprobs=True,
     )
 
 
@@ -114,7 +116,9 @@ def play(part: Part, num_faults: int, seed: int, var: Path, running: list[Server
     running.append(server)
     try:
         server.start(part.num_workers)
-        load = Load(server, bodies(part.model_id, part.output_tokens), part.num_clients)
+        load = Load(
+            server, bodies(part.model_id, part.output_tokens, part.has_logprobs), part.num_clients
+        )
         load.learn()
         load.start()
         chance = random.Random(seed)

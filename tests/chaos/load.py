@@ -10,11 +10,13 @@ import openai
 from console.demoload import SENTENCES
 from tests.e2e.harness import Server, Streamed, stream_openai
 
+LOGPROB_ERROR_MAX = 1e-3
 LONG_TEXT = " ".join(SENTENCES[:8])  # long enough to be prefilled apart
 
 
-def bodies(model_id: str, output_tokens: int) -> list[dict]:
-    """Short and long prompts, greedy and seeded, and one that a stop string may end."""
+def bodies(model_id: str, output_tokens: int, has_logprobs: bool) -> list[dict]:
+    """Short and long prompts, greedy and seeded, and one that a stop string may end; where the
+    engine has them, some with logprobs."""
     made = []
     for index in range(6):
         text = f"{index} {LONG_TEXT}" if index % 3 == 1 else f"Tell me more about tide {index}."
@@ -29,6 +31,8 @@ def bodies(model_id: str, output_tokens: int) -> list[dict]:
             body |= {"temperature": 0.8, "seed": 40 + index}
         if index == 5:
             body |= {"stop": [" the ", "zq"]}
+        if has_logprobs and index in (0, 1, 3):
+            body |= {"logprobs": True, "top_logprobs": 2}
         made.append(body)
     return made
 
@@ -113,6 +117,11 @@ def differs(expected: Streamed, seen: Streamed) -> str:
     for name in ("token_ids", "text", "finish_reasons", "num_done"):
         if getattr(seen, name) != getattr(expected, name):
             return f"{name} {getattr(seen, name)!r}, undisturbed {getattr(expected, name)!r}"
+    pairs = list(zip(seen.logprobs, expected.logprobs, strict=False))
+    if len(seen.logprobs) != len(expected.logprobs) or any(
+        abs(one - other) > LOGPROB_ERROR_MAX for one, other in pairs
+    ):
+        return f"logprobs {seen.logprobs}, undisturbed {expected.logprobs}"
     if seen.usage["completion_tokens"] != expected.usage["completion_tokens"]:
         return f"usage {seen.usage}, undisturbed {expected.usage}"
     return ""

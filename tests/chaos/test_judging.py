@@ -48,6 +48,9 @@ def test_stream_differs_by_ids_text_order_or_end():
     assert "repeat or skip" in differs(expected, replace(expected, chunks=[(0, 1), (2, 1)]))
     assert differs(expected, replace(expected, text="ac")).startswith("text")
     assert differs(expected, replace(expected, finish_reasons=["stop"])).startswith("finish")
+    near, far = replace(expected, logprobs=[-1.0]), replace(expected, logprobs=[-1.01])
+    assert differs(near, replace(near, logprobs=[-1.0005])) == ""
+    assert differs(near, far).startswith("logprobs") and differs(near, expected) != ""
     assert differs(expected, replace(expected, usage={"completion_tokens": 3})).startswith("usage")
 
 

@@ -14,12 +14,14 @@ import pytest
 
 from console.workerprocs import (
     ENVIRONMENT,
+    RESTART_S_MAX,
     ROOT,
     WORKERS_MAX,
     ProcView,
     WorkerProcs,
     WorkerSpec,
     parse_workers,
+    pause_s,
 )
 from controlplane import protocol
 from controlplane.errors import ConfigError
@@ -115,6 +117,28 @@ async def test_killed_worker_is_started_again_with_a_fresh_token(tmp_path: Path)
         view = one(procs)
         assert view.restarts == 1 and view.pid not in (None, first_pid)
         assert [hello.token for hello in console.hellos] == ["token-0", "token-1"]
+        await procs.stop(grace_s=HANG_S)
+
+
+def test_pause_doubles_with_each_quick_end_up_to_its_maximum() -> None:
+    assert [pause_s(failures) for failures in (0, 1, 2, 6)] == [0.5, 1.0, 2.0, 30.0]
+    assert pause_s(1_000_000) == RESTART_S_MAX
+
+
+async def test_worker_killed_again_and_again_comes_back_each_time(tmp_path: Path) -> None:
+    async with StubConsole() as console:
+        procs = start_procs(console, tmp_path, FAKE)
+        await procs.start()
+        pids = set()
+        for kills in range(3):
+            await console.joined(kills + 1)
+            pid = one(procs).pid
+            assert pid is not None and pid not in pids
+            pids.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        await console.joined(4)
+        assert one(procs).restarts == 3
+        assert not any(is_alive(pid) for pid in pids)
         await procs.stop(grace_s=HANG_S)
 
 

@@ -224,6 +224,7 @@ class Streamed:
     num_done: int = 0
     usage: dict | None = None
     error: str = ""
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def longest_gap_s(self) -> float:
@@ -250,6 +251,8 @@ class Streamed:
             self.arrived_at_s.append(time.monotonic())
         for choice in event.get("choices", []):
             self.text += (choice.get("delta") or {}).get("content") or ""
+            entries = (choice.get("logprobs") or {}).get("content") or ()
+            self.logprobs += [entry["logprob"] for entry in entries]
             if choice.get("finish_reason"):
                 self.finish_reasons.append(choice["finish_reason"])
 

@@ -66,6 +66,7 @@ def check_kill(server, wanted, kill_at, victim):
         assert seen.is_contiguous()
         assert seen.token_ids == expected.token_ids
         assert seen.text == expected.text
+        assert seen.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
         assert seen.usage["completion_tokens"] == len(expected.token_ids)
         assert seen.usage["prompt_tokens"] == expected.usage["prompt_tokens"]
         assert seen.finish_reasons == expected.finish_reasons == ["length"]
@@ -123,6 +124,9 @@ def test_the_real_model_says_the_same_when_a_worker_dies(tmp_path, model_folder,
     )
     try:
         served.start()
-        check_kill(served, bodies("smollm2-135m", 64)[:4], 32, victim)
+        wanted = bodies("smollm2-135m", 64)[:4]
+        for body in wanted:
+            body |= {"logprobs": True, "top_logprobs": 1}
+        check_kill(served, wanted, 32, victim)
     finally:
         served.stop()
