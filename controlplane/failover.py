@@ -2,6 +2,7 @@
 how many requests may be recovering at a time.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controlplane.calibration import Bucket
@@ -131,6 +132,14 @@ class Recoveries:
         if tracked.is_lost:
             kind = self._batch if tracked.request.slo.is_batch else self._online
             kind.add(tracked.request_id)
+
+    def check_integrity(self, tracked: Mapping[str, Tracked]) -> None:
+        """Who is counted is lost, runs, and is of that lane."""
+        for is_batch, names in ((False, self._online), (True, self._batch)):
+            for name in names:
+                item = tracked[name]
+                assert item.is_lost and item.workers(), item
+                assert item.request.slo.is_batch == is_batch, item
 
     def ended(self, request_id: str) -> None:
         """It goes on, has ended, or waits again."""

@@ -535,6 +535,7 @@ class Requests:
                 held = self._registry.workers[worker_id].reservations
                 assert tracked.request_id in held, (tracked.request_id, worker_id)
         self.ledger.check_integrity(self.tracked)
+        self._placer.recoveries.check_integrity(self.tracked)
         self.decisions.check_integrity(self.tracked)
         online = [item for item in self.tracked.values() if not item.request.slo.is_batch]
         assert sum(self._num_by_tenant.values()) == len(online), self._num_by_tenant
