@@ -256,3 +256,49 @@ def test_long_prompts_that_still_wait_after_the_shift_do_not_delay_the_flip():
         plans = of(domain.PlanChanged, rig.tick(1.0, heard=("w1", "w2")))
     assert [(plan.worker_id, plan.role_after) for plan in plans] == [("w1", "decode")]
     assert rig.now_s - shift_at_s <= 45.0
+
+
+def test_floor_acts_at_once_on_a_predicted_violation_and_moves_a_tenth_at_most():
+    """Nobody prefills and long prompts are common: the forecast asks for many at once."""
+    rig = Rig(
+        forecast_bin_s=10.0, forecast_horizon_s=20.0, forecast_s_min=60.0, plan_window_s=200.0,
+        plan_dwell_s=1.0,
+    )  # fmt: skip
+    names = tuple(rig.join("prefill" if index == 0 else "decode") for index in range(20))
+    for second in range(240):
+        for index in range(6):
+            rig.submit(f"r{second}-{index}", prompt_tokens=600)
+            rig.finish(f"r{second}-{index}")
+        plans = of(domain.PlanChanged, rig.tick(1.0, heard=names))
+        if plans:
+            break
+    assert len(plans) == 2, "a tenth of 20"
+    assert all(plan.role_after == "prefill" for plan in plans)
+
+
+def test_fast_workers_prefill_and_those_with_much_memory_decode():
+    fast = protocol.StepModel(base_s=0.045, per_token_s=0.0015, per_context_token_s=1e-6)
+    rig = Rig()
+    rig.join("decode"), rig.join("decode", step_model=fast), rig.join("decode")
+    while not (plans := of(domain.PlanChanged, rig.commands)) and rig.now_s < 60.0:
+        rig.submit(f"r{rig.now_s:.1f}", prompt_tokens=LONG)
+        rig.finish(f"r{rig.now_s:.1f}")
+        for worker_id, step_model in (("w1", None), ("w2", fast), ("w3", None)):
+            rig.send(worker_id, make_load(**({"step_model": step_model} if step_model else {})))
+        rig.tick(1.0)
+    assert (plans[0].worker_id, plans[0].role_after) == ("w2", "prefill")
+    rig = Rig()
+    rig.join("prefill", num_blocks=512), rig.join("prefill", num_blocks=4096), rig.join("decode")
+    flip = run(rig, 41.0, lambda: SHORT, per_s=0.5)[0]
+    assert (flip.worker_id, flip.role_after) == ("w2", "decode")
+
+
+def test_silent_worker_holds_the_plan():
+    rig = Rig(dead_s_min=1e6)
+    rig.join("prefill"), rig.join("decode")
+    run(rig, 60.0, steady_mix(1))
+    for index in range(60):
+        rig.submit(f"q{index}", prompt_tokens=SHORT)
+        rig.tick(1.0, heard=("w1",))  # w2 says nothing
+        rig.finish(f"q{index}")
+    assert of(domain.PlanChanged, rig.commands) == []
