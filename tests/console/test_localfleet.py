@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-from console.journal import Journal
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
