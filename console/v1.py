@@ -6,11 +6,13 @@ that has gone, because Daphne's `send` stays silent for it.
 """
 
 import asyncio
+import json
 import logging
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
@@ -50,6 +52,8 @@ PING_S = 10.0  # silence after which a stream says that it is alive
 THREAD_BODY_BYTES = 4 << 10  # larger bodies are parsed and tokenised beside the event loop
 PARSERS_MAX = 2  # of those at a time
 PARSING_MAX = 32  # of those at a time or waiting: 4 MiB each at most
+SCHEMA_PATH = "/v1/openapi.json"
+SCHEMA = Path(__file__).with_name("openapi_v1.json")
 DEADLINE_MS_MAX = 3_600_000
 STARTED_AT = int(time.time())  # `created` of models
 _ENDPOINTS: dict[str, tuple[GenerateEndpoint, Any]] = {
@@ -96,15 +100,19 @@ class V1:
         path, method = exchange.scope["path"], exchange.scope["method"]
         is_models = path == "/v1/models" or path.startswith("/v1/models/")
         resource = v1resources.match(path)
-        allowed: tuple[str, ...] = ("GET",) if is_models else ("POST",)
+        is_schema = path == SCHEMA_PATH
+        allowed: tuple[str, ...] = ("GET",) if is_models or is_schema else ("POST",)
         if resource is not None:
             allowed = resource[0]
-        elif not is_models and path not in _ENDPOINTS and path not in _NOT_SERVED:
+        elif not (is_models or is_schema or path in _ENDPOINTS or path in _NOT_SERVED):
             return ApiError(404, "unknown_url", f"Unknown request URL: {method} {quote(path)}.")
         if method not in allowed:
             exchange.extra_headers.append((b"allow", ", ".join(allowed).encode()))
             words = " or ".join(allowed)
             return ApiError(405, "method_not_allowed", f"Use {words} for {quote(path)}.")
+        if is_schema:  # no secret: what every tenant may send
+            await exchange.answer(200, json.loads(SCHEMA.read_bytes()))
+            return None
         if services is None:
             return ApiError(503, "starting", "The server is starting.", retry_after_s=1.0)
         snapshot: Snapshot = services.snapshot.current
