@@ -5,8 +5,6 @@ deadline that the client gave.
 """
 
 import asyncio
-import math
-import time
 from contextlib import aclosing
 
 from console import choices
@@ -16,6 +14,7 @@ from console.gateway import Gateway, Generation
 from console.generation import Event, GenerateSpec, LiveRequest, Refusal, Usage
 from console.rateheaders import rate_headers
 from console.responses import ResponseEncoder, response_json
+from console.running import Stop
 from console.sse import ChunkEncoder, Envelope, body_json, usage_sum
 
 DEADLINE_EXCEEDED = ApiError(
@@ -28,24 +27,28 @@ Encoder = ChunkEncoder | ResponseEncoder
 Encoders = list[ChunkEncoder] | list[ResponseEncoder]
 
 
+def end_late(stop: Stop) -> None:
+    """The client's deadline has come."""
+    if not stop.done():
+        stop.set_result(DEADLINE_EXCEEDED)
+
+
 async def answer_whole(
     exchange: Exchange,
     gateway: Gateway,
     specs: list[GenerateSpec],
     envelope: Envelope,
     with_ids: bool,
-    deadline_s: float | None,
+    stop: Stop,
 ) -> ApiError | None:
     """Generate all, answer once; nothing is answered to a client that has gone."""
     lives = [gateway.prepare(spec) for spec in specs]
     generation = asyncio.ensure_future(choices.collect(gateway, specs, lives))
     watch = asyncio.ensure_future(disconnected(exchange.receive))
     try:
-        await asyncio.wait(
-            {generation, watch}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait({generation, watch, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not generation.done():
-            return None if watch.done() else DEADLINE_EXCEEDED
+            return None if watch.done() else stop.result()
         outcome = generation.result()
     finally:
         await end_tasks(generation, watch)
@@ -64,32 +67,26 @@ async def answer_stream(
     specs: list[GenerateSpec],
     encoders: Encoders,
     ping_s: float,
-    deadline_s: float | None,
+    stop: Stop,
 ) -> ApiError | None:
     """Write chunks as deltas come; headers wait for the first, so that a refusal has a status."""
     writer = EventWriter(exchange)
     generation = asyncio.ensure_future(_produce(writer, gateway, specs, encoders))
     watch = asyncio.ensure_future(disconnected(exchange.receive))
     try:
-        ends_at_s = math.inf if deadline_s is None else time.monotonic() + deadline_s
-        while not generation.done() and not watch.done():
-            left_s = ends_at_s - time.monotonic()
-            if left_s <= 0:
-                break
+        while not (generation.done() or watch.done() or stop.done()):
             await asyncio.wait(
-                {generation, watch},
-                timeout=min(ping_s, left_s),
-                return_when=asyncio.FIRST_COMPLETED,
+                {generation, watch, stop}, timeout=ping_s, return_when=asyncio.FIRST_COMPLETED
             )
-            if not generation.done() and not watch.done():
+            if not (generation.done() or watch.done() or stop.done()):
                 await writer.ping(ping_s)
         if not generation.done():
             if watch.done():
                 return None
             await end_tasks(generation)
             if not writer.is_open:
-                return DEADLINE_EXCEEDED
-            await writer.finish(encoders[0].error(DEADLINE_EXCEEDED))
+                return stop.result()
+            await writer.finish(encoders[0].error(stop.result()))
             return None
         return generation.result()
     finally:

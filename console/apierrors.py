@@ -59,6 +59,10 @@ def model_not_found(model_id: str) -> ApiError:
     )
 
 
+def insufficient_scope(scope: str) -> ApiError:
+    return ApiError(403, "insufficient_scope", f"This key has no scope `{scope}`.")
+
+
 # The tenant's own limit is 429; what the cluster lacks is 503, or 504 after a wait.
 _REJECTIONS = {
     "tenant_concurrency": (429, "rate_limit_exceeded"),

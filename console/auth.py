@@ -92,13 +92,16 @@ def verify(snapshot: Snapshot, text: str, now: datetime | None = None) -> KeyFac
     facts = snapshot.keys.get(parsed.public_id)
     stored = _NO_HMAC if facts is None else facts.secret_hmac
     is_right = hmac.compare_digest(secret_hmac(parsed.secret), stored)
-    if facts is None or not is_right or not facts.is_active:
-        return None
-    if facts.tenant_id not in snapshot.tenants:
-        return None
-    if facts.expires_at is not None and facts.expires_at <= (now or timezone.now()):
+    if facts is None or not is_right or not is_good(snapshot, facts, now):
         return None
     return facts
+
+
+def is_good(snapshot: Snapshot, facts: KeyFacts, now: datetime | None = None) -> bool:
+    """Neither revoked nor expired, and of an active tenant."""
+    if not facts.is_active or facts.tenant_id not in snapshot.tenants:
+        return False
+    return facts.expires_at is None or facts.expires_at > (now or timezone.now())
 
 
 def secret_hmac(secret: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from django.db import DatabaseError
 
-from console import asgi, policies
+from console import asgi, keys, policies
 from console.daphneserver import BoundedServer, event_loop
 from console.plans import OrderDesk
 from console.snapshot import Snapshot
@@ -27,6 +27,7 @@ from controlplane.protocol import Policy
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
+USED_S = 60.0  # how often the last use of keys is stored
 RESTART_S_MIN, RESTART_S_MAX = 0.1, 5.0  # pause before the control loop runs again after an error
 WORKERS_GRACE_S = 5.0
 FLUSH_S_MAX = 5.0
@@ -62,6 +63,7 @@ class Serving:
         self._kappas = kappas.load()
         self._policy: Policy | None = None
         self._policy_from: Snapshot | None = None
+        self._used_due_at_s = 0.0
         self._classes: tuple[domain.SLOClass, ...] = ()
 
     def run(self, host: str, port: int) -> str:
@@ -126,6 +128,18 @@ class Serving:
             self._renew_policy()
             state.fleet.tick()
             state.note_tick()
+            if due_at_s >= self._used_due_at_s:
+                self._used_due_at_s = due_at_s + USED_S
+                await self._store_used()
+
+    async def _store_used(self) -> None:
+        """When keys were used last; a database that is away loses a minute of it."""
+        used = self.state.running.take_used()
+        if used:
+            try:
+                await self.state.writer.call(keys.store_used, used)
+            except DatabaseError as error:
+                logger.error("use of %d keys not stored: %s", len(used), error)
 
     def _renew_policy(self) -> None:
         """Tell plane and workers when the SLO classes have changed."""

@@ -53,6 +53,14 @@ class KeyFacts:
     is_active: bool
     expires_at: datetime | None
     last4: str
+    scopes: frozenset[str] = frozenset()  # empty: everything
+    model_ids: frozenset[str] = frozenset()  # empty: all
+
+    def may(self, scope: str) -> bool:
+        return not self.scopes or scope in self.scopes
+
+    def may_name(self, model_id: str) -> bool:
+        return not self.model_ids or model_id in self.model_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,8 @@ class Snapshot:
                     is_active=row.is_active,
                     expires_at=row.expires_at,
                     last4=row.last4,
+                    scopes=frozenset(row.scopes),
+                    model_ids=frozenset(row.model_ids),
                 )
                 for row in ApiKey.objects.select_related("tenant")
             },

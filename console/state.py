@@ -6,6 +6,7 @@ pages, other commands) `get()` is None and pages show their empty states.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from console.gateway import Gateway
 from console.hostload import HostMeter
 from console.live import LiveStats
 from console.metrics import Metrics
+from console.running import RunningRequests
 from console.snapshot import SnapshotKeeper
 from console.tokens import Tokenizers
 from console.workerprocs import WorkerProcs
@@ -26,6 +28,7 @@ from console.writer import FACTS_MAX, FactWriter
 from controlplane import domain
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 HOST_TICKS = 3  # turns between two looks at how full this machine is
 COST_TICKS = 10  # control loop turns between two looks at what workers have spent: a second
 
@@ -51,6 +54,7 @@ class ServerState:
     host: HostMeter | None = None
     lag_s: float = 0.0  # of the control loop's last turn
     contracts: ContractFeed = field(default_factory=ContractFeed)
+    running: RunningRequests = field(default_factory=RunningRequests)
     draining: bool = False
     tick_at_s: float | None = None  # last turn of the control loop, on the fleet's clock
     database_failed_at_s: float | None = None  # when the snapshot was last not renewed
@@ -65,6 +69,8 @@ class ServerState:
             self.fleet.handle(event)
         self._count_costs()
         self._tell_host_load()
+        if num_ended := self.running.check(self.snapshot.current):
+            logger.info("ended %d requests of keys that are switched off", num_ended)
         self.tick_at_s = self.fleet.now_s()
         if self.snapshot.num_failures > self.num_database_failures:
             self.num_database_failures = self.snapshot.num_failures

@@ -19,8 +19,8 @@ from django.conf import settings
 from django.http.request import split_domain_port, validate_host
 
 from console import auth, idempotency, state, v1resources
-from console.answering import Encoders, answer_stream, answer_whole
-from console.apierrors import ApiError, invalid, model_not_found
+from console.answering import Encoders, answer_stream, answer_whole, end_late
+from console.apierrors import ApiError, insufficient_scope, invalid, model_not_found
 from console.caps import load_json, quote
 from console.choices import choices_of
 from console.exchange import (
@@ -36,6 +36,7 @@ from console.grammars import grammar_refused
 from console.options import ParsedRequest
 from console.requests import parse_chat, parse_completion, spec_of
 from console.responses import ResponseEncoder, parse_response
+from console.running import Stop
 from console.snapshot import KeyFacts, Snapshot, TenantFacts
 from console.sse import (
     ChunkEncoder,
@@ -120,17 +121,22 @@ class V1:
         if isinstance(key, ApiError):
             return key
         if is_models:
-            return await self._models(exchange, snapshot, path)
+            return await self._models(exchange, snapshot, key, path)
         if resource is not None:
             _, handler, ids = resource
-            return await handler(exchange, services, key, *ids)
+            missing = v1resources.missing_scope(key, path)
+            return missing or await handler(exchange, services, key, *ids)
         if path in _NOT_SERVED:
             return ApiError(404, "model_not_found", "No model here makes embeddings.", "model")
         if services.draining:
             return ApiError(503, "draining", "The server is shutting down.", retry_after_s=5.0)
         return await self._generate(exchange, services, snapshot, key, *_ENDPOINTS[path])
 
-    async def _models(self, exchange: Exchange, snapshot: Snapshot, path: str) -> ApiError | None:
+    async def _models(
+        self, exchange: Exchange, snapshot: Snapshot, key: KeyFacts, path: str
+    ) -> ApiError | None:
+        if not key.may("models"):
+            return insufficient_scope("models")
         rows = {
             model.model_id: {
                 "id": model.model_id,
@@ -141,7 +147,7 @@ class V1:
                 "slo_classes": sorted(snapshot.classes),
             }
             for model in snapshot.models.values()
-            if model.is_active
+            if model.is_active and key.may_name(model.model_id)
         }
         if path == "/v1/models":
             await exchange.answer(200, {"object": "list", "data": list(rows.values())})
@@ -167,6 +173,8 @@ class V1:
         raw = await read_body(exchange.receive)
         if isinstance(raw, ApiError):
             return raw
+        if not key.may("generate"):
+            return insufficient_scope("generate")
         begun = await idempotency.begin(services.writer, exchange, key.tenant_id, raw)
         if isinstance(begun, ApiError):
             return begun
@@ -174,7 +182,10 @@ class V1:
             await idempotency.replay(exchange, begun)
             return None
         try:
-            return await self._run(exchange, services, snapshot, key, raw, endpoint, parse)
+            with services.running.running(key.public_id) as stop:
+                return await self._run(
+                    exchange, services, snapshot, key, raw, endpoint, parse, stop
+                )
         finally:
             if begun is not None:
                 await begun.end()
@@ -188,6 +199,7 @@ class V1:
         raw: bytes,
         endpoint: GenerateEndpoint,
         parse: Callable[..., ParsedRequest | ApiError],
+        stop: Stop,
     ) -> ApiError | None:
         gateway: Gateway = services.gateway
         arrived_at_s = gateway.now_s()
@@ -195,9 +207,13 @@ class V1:
         deadline_s = _deadline_s(exchange)
         if isinstance(deadline_s, ApiError):
             return deadline_s
+        if deadline_s is not None:
+            asyncio.get_running_loop().call_later(deadline_s, end_late, stop)
         parsed = await self._parse(raw, parse, snapshot, services.tokenizers, tenant)
         if isinstance(parsed, ApiError):
             return parsed
+        if not key.may_name(parsed.model.model_id):
+            return model_not_found(parsed.model.model_id)
         parsed = _in_class(exchange, parsed, snapshot)
         if isinstance(parsed, ApiError):
             return parsed
@@ -225,8 +241,8 @@ class V1:
                     ChunkEncoder(envelope, parsed.include_usage, with_ids, spec.shape, index)
                     for index, spec in enumerate(specs)
                 ]
-            return await answer_stream(exchange, gateway, specs, encoders, self._ping_s, deadline_s)
-        return await answer_whole(exchange, gateway, specs, envelope, with_ids, deadline_s)
+            return await answer_stream(exchange, gateway, specs, encoders, self._ping_s, stop)
+        return await answer_whole(exchange, gateway, specs, envelope, with_ids, stop)
 
     async def _parse(
         self,

@@ -6,12 +6,18 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from console import v1files
-from console.apierrors import ApiError, invalid
+from console.apierrors import ApiError, insufficient_scope, invalid
 from console.exchange import Exchange
 from console.snapshot import KeyFacts
 
 QUERY_FIELDS_MAX = 16
 Handler = Callable[..., Awaitable[ApiError | None]]
+
+
+def missing_scope(key: KeyFacts, path: str) -> ApiError | None:
+    """The first word of a path is the scope that it needs."""
+    scope = path.split("/")[2]
+    return None if key.may(scope) else insufficient_scope(scope)
 
 
 async def _files(exchange: Exchange, services: Any, key: KeyFacts) -> ApiError | None:

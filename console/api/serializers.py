@@ -6,10 +6,10 @@ from django.db import transaction
 from django.utils import timezone
 from rest_framework import serializers
 
-from console.auth import MintedKey, mint_key
+from console import keys
 from console.models import ApiKey, Model, Quota, SLOClassRow, Tenant
 from console.models.fleet import TARGET_S_MAX, TARGET_S_MIN
-from console.models.tenants import CONCURRENCY_DEFAULT, CONCURRENCY_MAX
+from console.models.tenants import CONCURRENCY_DEFAULT, CONCURRENCY_MAX, MODEL_IDS_MAX, SCOPES
 
 MS_PER_S = 1000.0
 
@@ -93,6 +93,15 @@ class KeySerializer(StrictSerializer):
     """A key without its secret."""
 
     tenant = serializers.SlugRelatedField(slug_field="slug", queryset=Tenant.objects.all())
+    scopes = serializers.ListField(
+        child=serializers.ChoiceField(choices=SCOPES), required=False, max_length=len(SCOPES)
+    )
+    models = serializers.ListField(
+        source="model_ids",
+        child=serializers.CharField(max_length=128),
+        required=False,
+        max_length=MODEL_IDS_MAX,
+    )
 
     class Meta:
         model = ApiKey
@@ -103,10 +112,13 @@ class KeySerializer(StrictSerializer):
             "last4",
             "is_active",
             "expires_at",
+            "scopes",
+            "models",
+            "last_used_at",
             "created_at",
             "updated_at",
         ]
-        read_only_fields = ["public_id", "last4", "created_at", "updated_at"]
+        read_only_fields = ["public_id", "last4", "last_used_at", "created_at", "updated_at"]
 
     def validate_tenant(self, tenant: Tenant) -> Tenant:
         if self.instance is not None and tenant != self.instance.tenant:
@@ -129,15 +141,13 @@ class NewKeySerializer(KeySerializer):
         read_only_fields = [*KeySerializer.Meta.read_only_fields, "key"]
 
     def create(self, values: dict[str, Any]) -> ApiKey:
-        minted: MintedKey = mint_key()
-        row = ApiKey.objects.create(
-            public_id=minted.public_id,
-            secret_hmac=minted.secret_hmac,
-            last4=minted.last4,
-            **values,
-        )
-        row.key = minted.text
-        return row
+        return keys.create(values.pop("tenant"), **values)
+
+
+class RotationSerializer(serializers.Serializer):
+    """How long the old key stays good beside the new one."""
+
+    overlap_hours = serializers.FloatField(min_value=0.0, max_value=24.0 * 30, default=24.0)
 
 
 class QuotaSerializer(StrictSerializer):

@@ -1,20 +1,26 @@
 """Tenants, keys, classes, quotas and models as REST resources for operators."""
 
+from datetime import timedelta
 from typing import Any
 
 from django.contrib.admin.models import ADDITION, CHANGE, DELETION, LogEntry
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework import mixins, viewsets
+from rest_framework.decorators import action
+from rest_framework.exceptions import ValidationError
 from rest_framework.pagination import PageNumberPagination
+from rest_framework.request import Request
+from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
-from console import state
+from console import keys, state
 from console.api.serializers import (
     KeySerializer,
     ModelSerializer,
     NewKeySerializer,
     QuotaSerializer,
+    RotationSerializer,
     SLOClassSerializer,
     TenantSerializer,
 )
@@ -104,6 +110,18 @@ class KeyViewSet(
 
     def get_serializer_class(self) -> type[BaseSerializer]:
         return NewKeySerializer if self.action == "create" else KeySerializer
+
+    @extend_schema(request=RotationSerializer, responses={201: NewKeySerializer})
+    @action(detail=True, methods=["post"])
+    def rotate(self, request: Request, public_id: str) -> Response:
+        """A new key with the same rights; the old one expires after the overlap."""
+        old = self.get_object()
+        asked = RotationSerializer(data=request.data)
+        asked.is_valid(raise_exception=True)
+        if not old.is_active or old.replaced_by is not None:
+            raise ValidationError({"detail": "This key is switched off or was rotated before."})
+        new = keys.rotate(old, timedelta(hours=asked.validated_data["overlap_hours"]))
+        return Response(NewKeySerializer(new).data, status=201)
 
 
 class SLOClassViewSet(

@@ -1,6 +1,7 @@
 """Tenants, their keys and limits, and the tokens of operators."""
 
 from django.conf import settings
+from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 
@@ -10,6 +11,22 @@ from console.models.fleet import SLOClassRow
 CONCURRENCY_MAX = 4096  # requests in flight that one tenant may be allowed
 CONCURRENCY_DEFAULT = 64
 WEIGHT_MAX = 1_000.0
+
+
+SCOPES = ("generate", "files", "batches", "models", "usage")  # what a key may be limited to
+MODEL_IDS_MAX = 64  # named on one key
+
+
+def validate_scopes(value: object) -> None:
+    known = isinstance(value, list) and all(scope in SCOPES for scope in value)
+    if not known or len(set(value)) < len(value):
+        raise ValidationError(f"a list of {', '.join(SCOPES)}, each at most once")
+
+
+def validate_model_ids(value: object) -> None:
+    are_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if not are_texts or len(value) > MODEL_IDS_MAX:
+        raise ValidationError(f"a list of at most {MODEL_IDS_MAX} model ids")
 
 
 class Tenant(Versioned):
@@ -72,6 +89,20 @@ class ApiKey(Credential):
     """A tenant's key for `/v1`, `sk-sw-…`."""
 
     tenant = models.ForeignKey(Tenant, on_delete=models.CASCADE, related_name="keys")
+    scopes = models.JSONField(
+        default=list, blank=True, validators=[validate_scopes], help_text="none: everything"
+    )
+    model_ids = models.JSONField(
+        "models",
+        default=list,
+        blank=True,
+        validators=[validate_model_ids],
+        help_text="ids of the models it may name; none: all",
+    )
+    last_used_at = models.DateTimeField(null=True, blank=True, editable=False)
+    replaced_by = models.ForeignKey(
+        "self", on_delete=models.SET_NULL, null=True, blank=True, editable=False, related_name="+"
+    )
 
     class Meta:
         ordering = ["tenant__slug", "created_at"]

@@ -10,6 +10,7 @@ from console.fleet import Fleet
 from console.gateway import Gateway
 from console.live import LiveStats
 from console.metrics import Metrics
+from console.running import RunningRequests
 from console.snapshot import ClassFacts, KeyFacts, ModelFacts, Snapshot, TenantFacts
 from console.tokens import Tokenizers
 from console.v1 import V1
@@ -156,6 +157,7 @@ class MemoryServer:
             snapshot=SimpleNamespace(current=snapshot or make_snapshot()),
             tokenizers=Tokenizers(),
             writer=None,
+            running=RunningRequests(),
             draining=False,
         )
         self.app = V1(lambda: self.services)

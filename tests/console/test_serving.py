@@ -8,6 +8,7 @@ import pytest
 
 from console.management.commands.serve import FLEET_MAX, address, worker_specs
 from console.metrics import Metrics
+from console.running import RunningRequests
 from console.serving import Serving
 from console.snapshot import EMPTY
 from console.state import ServerState
@@ -35,6 +36,7 @@ class Ticking:
         self.metrics = Metrics()
         self.fleet = self
         self.snapshot = SimpleNamespace(current=EMPTY)
+        self.running = RunningRequests()
         self.handled = []
         self.num_ticks = 0
         self.num_noted = 0
