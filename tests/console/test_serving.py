@@ -25,6 +25,7 @@ OPTIONS = {
     "dtype": "auto",
     "numerics": "",
     "device": "cpu",
+    "loadable": "",
     "fleet": 0,
 }
 
