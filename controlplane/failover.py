@@ -42,6 +42,7 @@ class Tracked:
     handoff_due_at_s: float = 0.0  # when what is reserved for an open transfer is given back
     resumable_on: str = ""  # the lost worker that may come back with the sequence
     demotion: Demotion | None = None  # why it is in the surplus tier
+    has_share: bool = False  # it comes under a contract
     placed_at_s: float = 0.0
     bucket: Bucket | None = None  # kind of the TTFT prediction, while it will be scored
     ttft_s: float | None = None  # as the client saw it
@@ -53,6 +54,12 @@ class Tracked:
     @property
     def tier(self) -> Tier:
         return "surplus" if self.demotion else "guaranteed"
+
+    @property
+    def is_lent(self) -> bool:
+        """It takes only what others leave. Within the share of a contract it may use what is kept
+        free for such, however late it is predicted to be."""
+        return self.tier == "surplus" and not (self.has_share and self.worker_tier == "guaranteed")
 
     @property
     def worker_tier(self) -> Tier:

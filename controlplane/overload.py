@@ -16,8 +16,8 @@ from controlplane.domain import GenerateRequest, Rejected
 RUNGS = (0.70, 0.80, 0.90, 0.95)
 RELEASE = 0.05  # below a rung's threshold, until it is left
 EVERY_S = 0.25
-SOFT_SIGNALS = ("kv",)  # these hold batch and surplus back, no more
-SOFT_MAX = 0.89
+SOFT_SIGNALS = ("kv",)  # these hold batch back and no more: KV is reserved for the worst case
+SOFT_MAX = 0.79
 RETRY_S_MIN = 1.0
 NO_BATCH, NO_SURPLUS, SHARES_ONLY, IN_FLIGHT_ONLY = 1, 2, 3, 4
 

@@ -153,7 +153,7 @@ class Placer:
             ttft_s_left=request.slo.ttft_s_p99 - (now_s - request.arrived_at_s),
             hits=self.prefixes.matched(request.block_hashes),
             avoid=avoid,
-            is_surplus=tracked.tier == "surplus",
+            is_surplus=tracked.is_lent,
             is_struck=tracked.num_strikes > 0,
             margin=self.calibration.margin,
         )

@@ -128,6 +128,7 @@ class Requests:
         assert request.request_id not in self.tracked, f"{request.request_id} submitted twice"
         tracked = Tracked(request, "queued", now_s)
         account = self.ledger.account(request)
+        tracked.has_share = account is not None
         found: Route | None = None
         refused = self.mover.quarantine.refuse(request, now_s) or self._refuse(request, now_s)
         if refused is None:
@@ -195,10 +196,9 @@ class Requests:
         return None
 
     def _is_contended(self, request: domain.GenerateRequest, found: Route) -> bool:
-        """Would it wait so long that others do too? Shares are lent as long as nobody does."""
-        outlook = self._placer.outlook(found)
-        limit_s = self._config.fit_share * request.slo.ttft_s_p99
-        return outlook is None or found.placement is None or outlook.ttft_s > limit_s
+        """Does somebody wait, or would this one? Shares are lent as long as nobody does."""
+        is_waiting = len(self._room) > 0 or found.placement is None
+        return is_waiting or found.queue_s > request.slo.itl_s_p99
 
     def _judge_late(
         self, tracked: Tracked, found: Route, account: Account | None, now_s: float

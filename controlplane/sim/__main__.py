@@ -4,6 +4,7 @@
 python -m controlplane.sim coserve [--sweep]      interactive and batch work on one worker
 python -m controlplane.sim latency                honesty of the latency model
 python -m controlplane.sim router                 cost of a routing decision, in real time
+python -m controlplane.sim fairness               a tenant beside one that floods the cluster
 python -m controlplane.sim ledger                 does every worker account for all of its time
 python -m controlplane.sim deadlines              promises of batch deadlines over 28 days
 python -m controlplane.sim swarm [--seeds N]      whole clusters under faults, all laws checked
@@ -23,6 +24,8 @@ from controlplane.sim import (
     coserve,
     coverage,
     deadlines,
+    fairness,
+    hardware,
     ledgercheck,
     routerbench,
     scenario,
@@ -89,6 +92,11 @@ def run_latency(options: argparse.Namespace) -> dict[str, object]:
 
 def run_router(options: argparse.Namespace) -> dict[str, object]:
     return routerbench.run(options.blocks, options.decisions, options.repeats, time.perf_counter)
+
+
+def run_fairness(options: argparse.Namespace) -> dict[str, object]:
+    device = hardware.read(options.calibration)
+    return fairness.run(device, options.seed, options.workers, options.seconds)
 
 
 def run_ledger(options: argparse.Namespace) -> dict[str, object]:
@@ -183,11 +191,12 @@ def parser() -> argparse.ArgumentParser:
     router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
     router.add_argument("--decisions", type=int, default=2_000, help="timed in each repeat")
     router.add_argument("--repeats", type=int, default=5)
-    ledger = commands.add_parser("ledger")
-    ledger.add_argument("--calibration", default="", help="h200_steps.json or its folder")
-    ledger.add_argument("--workers", type=int, default=8)
-    ledger.add_argument("--seconds", type=float, default=90.0, help="virtual")
-    ledger.add_argument("--seed", type=int, default=1)
+    for name, seconds in (("fairness", 40.0), ("ledger", 90.0)):
+        command = commands.add_parser(name)
+        command.add_argument("--calibration", default="", help="h200_steps.json or its folder")
+        command.add_argument("--workers", type=int, default=8)
+        command.add_argument("--seconds", type=float, default=seconds, help="virtual")
+        command.add_argument("--seed", type=int, default=1)
     command = commands.add_parser("deadlines")
     command.add_argument("--seeds", type=int, default=3, help="pairs of so many days")
     command.add_argument("--days", type=int, default=deadlines.DAYS)
@@ -216,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         "latency": run_latency,
         "router": run_router,
         "split": run_split,
+        "fairness": run_fairness,
         "ledger": run_ledger,
         "deadlines": run_deadlines,
     }

@@ -33,7 +33,7 @@ def test_rungs_are_climbed_at_once_and_left_one_by_one_below_their_threshold():
 def test_full_kv_holds_work_back_and_refuses_nobody():
     ladder = Overload()
     ladder.observe({"kv": 1.0}, 0.0)
-    assert ladder.rung == overload.NO_SURPLUS
+    assert ladder.rung == overload.NO_BATCH
     assert ladder.refuse(make_request(), 50, 1.0, 0.0, 0.5) is None
 
 
