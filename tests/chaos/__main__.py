@@ -21,10 +21,11 @@ from pathlib import Path
 
 from tests.chaos.faults import Fault, Injector
 from tests.chaos.load import Load, Seen, bodies
-from tests.e2e.harness import HANG_S, MODELLED, ROOT, Server
+from tests.e2e.harness import MODELLED, ROOT, Server
 
 TOTAL_S = 595.0  # then the process ends whatever it does, and its server with it
 EXIT_TOO_LONG = 3
+ENDING_S = 60.0  # for the streams that still run after the last fault
 EFFECT_S = 0.5  # chunks that were on their way come so much after a fault
 
 
@@ -78,7 +79,7 @@ def real_part(folder: Path) -> Part:
         output_tokens=48,
         live_min=3,
         pause_s=(1.0, 4.0),
-        limit_s=330.0,
+        limit_s=310.0,
         has_logprobs=True,
     )
 
@@ -110,7 +111,10 @@ def convert_model() -> Path:
     return Path(out.splitlines()[-1])
 
 
-def play(part: Part, num_faults: int, seed: int, var: Path, running: list[Server]) -> Result:
+def play(
+    part: Part, num_faults: int, seed: int, var: Path, running: list[Server], ends_at_s: float
+) -> Result:
+    """Fewer faults than wanted when the time is over."""
     began_at_s = time.monotonic()
     server = Server(var, part.options, part.model_id)
     running.append(server)
@@ -123,8 +127,8 @@ def play(part: Part, num_faults: int, seed: int, var: Path, running: list[Server
         load.start()
         chance = random.Random(seed)
         injector = Injector(server, part.num_workers, chance, part.live_min, part.pause_s)
-        injector.run(num_faults, began_at_s + part.limit_s)
-        num_hanging = load.stop(HANG_S)
+        injector.run(num_faults, min(began_at_s + part.limit_s, ends_at_s - ENDING_S))
+        num_hanging = load.stop(ENDING_S)
         moves = server.metric("slackwater_failovers_total")
         restarts = server.num_starts() - part.num_workers
     finally:
@@ -220,17 +224,20 @@ def main(argv: list[str]) -> int:
     watchdog = threading.Timer(TOTAL_S, end_too_long, (running,))
     watchdog.daemon = True
     watchdog.start()
+    ends_at_s = time.monotonic() + TOTAL_S - 15.0  # servers have to end, too
     results = []
     print(f"chaos: seed={options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="slackwater-chaos-") as folder:
         if options.real:
             part = real_part(convert_model())
             var = Path(folder) / "real"
-            results.append(play(part, options.real, options.seed, var, running))
+            results.append(play(part, options.real, options.seed, var, running, ends_at_s))
             print(table(results[-1:]), flush=True)
         if options.modelled:
             var = Path(folder) / "modelled"
-            results.append(play(MODELLED_PART, options.modelled, options.seed, var, running))
+            results.append(
+                play(MODELLED_PART, options.modelled, options.seed, var, running, ends_at_s)
+            )
     is_passed = bool(results) and all(item.is_passed for item in results)
     print(table(results))
     for item in results:
