@@ -48,10 +48,11 @@ class Seen:
     error: str = ""
     difference: str = ""  # from the undisturbed run
 
-    def longest_gap_s(self, from_s: float, to_s: float) -> float:
-        """Of the gaps between chunks that touch this time; 0 without any."""
+    def longest_gap(self, from_s: float, to_s: float) -> tuple[float, float]:
+        """Begin and end of the longest gap between chunks that touches this time."""
         pairs = zip(self.arrived_at_s, self.arrived_at_s[1:], strict=False)
-        return max((b - a for a, b in pairs if b >= from_s and a <= to_s), default=0.0)
+        near = [(a, b) for a, b in pairs if b >= from_s and a <= to_s]
+        return max(near, key=lambda pair: pair[1] - pair[0], default=(0.0, 0.0))
 
 
 @dataclass

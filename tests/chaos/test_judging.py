@@ -22,11 +22,18 @@ def judged(streams, faults=(KILL,), wanted=1, num_hanging=0):
 
 def test_gap_belongs_to_the_fault_that_it_follows():
     stream = seen([9.9, 10.1, 10.3, 19.6, 24.0, 24.1])
-    assert gap_s_p99([stream], [KILL]) == pytest.approx(9.3), "it began while ids were on their way"
+    assert gap_s_p99([stream], [KILL], "kill") == pytest.approx(9.3), "ids were on their way"
     stream = seen([9.0, 9.9, 10.4, 10.7, 19.9, 24.0])
-    assert gap_s_p99([stream], [KILL]) == pytest.approx(0.5)
-    assert gap_s_p99([stream], [STOP]) == pytest.approx(4.1)
-    assert gap_s_p99([seen([1.0, 2.0])], [KILL]) is None, "it had ended"
+    assert gap_s_p99([stream], [KILL, STOP], "kill") == pytest.approx(0.5)
+    assert gap_s_p99([stream], [KILL, STOP], "stop") == pytest.approx(4.1)
+    assert gap_s_p99([seen([1.0, 2.0])], [KILL], "kill") is None, "it had ended"
+
+
+def test_gap_of_a_stop_is_not_that_of_a_kill_that_falls_into_it():
+    stream = seen([19.8, 19.9, 23.2, 23.3])
+    late_kill = replace(KILL, at_s=21.0)
+    assert gap_s_p99([stream], [STOP, late_kill], "kill") is None
+    assert gap_s_p99([stream], [STOP, late_kill], "stop") == pytest.approx(3.3)
 
 
 def test_run_passes_with_all_faults_and_no_failure_only():
