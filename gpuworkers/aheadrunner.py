@@ -22,6 +22,8 @@ from gpuworkers.sampler import edit, logprobs_of, sampling_table
 from gpuworkers.scheduler import Plan, PlanRow
 from gpuworkers.stepper import GraphStepper, LayerWritten, StepRow
 
+FIRST_CHUNK_TOKENS_MAX = 8192  # a longer one costs its preparation when it comes
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -58,6 +60,12 @@ class AheadRunner(TorchRunner):
         self._ahead: _Ahead | None = None
         self.num_ahead = 0
         self.num_taken = 0
+
+    def prepare(self) -> None:
+        """See engine.Runner. Takes a second or two on a GPU."""
+        with torch.inference_mode(), self.kv.work():
+            self._graphs.ops.prepare_chunks(self.model.heads, FIRST_CHUNK_TOKENS_MAX)
+            self.kv.synchronize()
 
     def run(self, plan: Plan, layer_written: LayerWritten | None = None) -> RunResult:
         """See TorchRunner.run."""

@@ -179,6 +179,7 @@ class ThreadDriver:
 
     def _run(self) -> None:
         try:
+            self._turns.engine.runner.prepare()
             while self._turn():
                 pass
         except Exception as error:  # a bug: the worker ends and says so

@@ -49,6 +49,10 @@ class Runner(Protocol):
         """Whether it knows the text of ids, so that a grammar can choose among them."""
         ...
 
+    def prepare(self) -> None:
+        """Called once in the thread that runs the steps, before the first of them."""
+        ...
+
     def run(
         self, plan: scheduler.Plan, layer_written: Callable[[int], None] | None = None
     ) -> RunResult:

@@ -16,7 +16,9 @@ from gpuworkers.enginebench import WARMUPS, StepTime
 from gpuworkers.kvcache import TorchKVCache
 from gpuworkers.stepper import GraphStepper
 
-SHAPES = ((1, 1024), (32, 1024), (64, 1024), (128, 1024))  # (batch, tokens of context at the start)
+SHAPES = (  # (batch, tokens of context, on average over the timed steps)
+    (1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 1024), (64, 4096),
+)  # fmt: skip
 REPEATS = 50
 OUTPUT_TOKENS = 200  # more than prompts of others and the timed steps take
 STEP_TOKENS = 8192
@@ -41,7 +43,8 @@ def time_steps(
     runner = AheadRunner(stepper, kv)
     engine = Engine(runner, EngineConfig(policy=policy), LatencyModel(STEP_MODEL), facts, "mixed")
     for index in range(batch):
-        prompt = [(index + i) % config.vocab_size for i in range(context - index % 16)]
+        length = context - WARMUPS - REPEATS // 2 - index % 16
+        prompt = [(index + i) % config.vocab_size for i in range(length)]
         sampling = protocol.Sampling(OUTPUT_TOKENS, ignore_eos=True)
         answer = engine.assign(
             protocol.Assign(

@@ -123,6 +123,9 @@ class FakeRunner:
         self.kv = kv
         self._step = step
 
+    def prepare(self) -> None:
+        """See engine.Runner; nothing to do."""
+
     def run(self, plan: Plan, layer_written: Callable[[int], None] | None = None) -> RunResult:
         token_ids: list[int | None] = []
         for row in plan.rows:

@@ -39,6 +39,7 @@ def measure(num_slices: int) -> dict[str, object]:
         gpumodel.capture_into_pool(),
     )
     runner = AheadRunner(stepper, kv)
+    runner.prepare()
     seed_model = calibrate(runner, cudarunner.CALIBRATION_STEPS, cudarunner.CALIBRATION_REPEATS)
     facts = protocol.ModelFacts(
         benchcoserve.MODEL_ID, "", LLAMA_8B.max_model_len, LLAMA_8B.vocab_size, 1

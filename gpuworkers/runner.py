@@ -61,6 +61,9 @@ class TorchRunner:
         """See engine.Runner."""
         return self._grammars is not None
 
+    def prepare(self) -> None:
+        """See engine.Runner; nothing to do."""
+
     def run(self, plan: Plan, layer_written: LayerWritten | None = None) -> RunResult:
         """Compute the plan's rows and draw the ids of those that sample. Raises DeviceFailed."""
         with torch.inference_mode(), self.kv.work():

@@ -80,6 +80,10 @@ class DecodeOps(Ops, Protocol):
         """Put these sequences' numbers into the arrays of the bucket's step."""
         ...
 
+    def prepare_chunks(self, heads: Heads, tokens_max: int) -> None:
+        """What first chunks of up to tokens_max tokens would otherwise wait for, one by one."""
+        ...
+
     def sampling_params(self, table: SamplingTable) -> Any:
         """The table on the device."""
         ...

@@ -34,8 +34,11 @@ DECODE_TILE_TOKENS = 16
 PREFILL_TILE_TOKENS = 64
 PREFILL_THREADS = 128
 SAMPLE_THREADS = 384  # two blocks on a multiprocessor, at 80 registers a thread
+SAMPLE_STREAMS = 3  # STREAMS in sample.cu
 SAMPLE_LISTED_BYTES = 16  # weight, value, id
 SAMPLE_LISTED_MAX = 4096  # LISTED_MAX in sample.cu
+WIDE_THREADS = 1024
+WIDE_KEYS = 1 << 16  # a count of 2 bytes for each value of a bfloat16
 # Blocks of paged_decode that a multiprocessor holds at a time, by head_dim: 96 KiB of shared memory
 # each at 128; below, the registers of 128 threads allow three.
 DECODE_BLOCKS_PER_SM = {16: 3, 32: 3, 64: 3, 128: 2}
@@ -58,6 +61,14 @@ class DeviceWeight:
     @property
     def num_in(self) -> int:
         return self.data.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """A sampling table on the device. `is_wide`: some row's cut may keep many ids."""
+
+    rows: torch.Tensor  # (rows, 5) float64 in the order of Column in sample.cu
+    is_wide: bool
 
 
 class CudaOps:
@@ -136,8 +147,7 @@ class CudaOps:
         self, sequences: list[SequenceTokens], heads: Heads, block_tokens: int
     ) -> CudaStep:
         _check_heads(heads, block_tokens)
-        blocks = self._decode_blocks(heads)
-        layout = plan.lay_out(sequences, heads, block_tokens, blocks)
+        layout = plan.lay_out(sequences, heads, block_tokens, self._lanes(heads))
         return plan.upload(layout, heads, block_tokens, self._device)
 
     def decode_bucket(
@@ -149,8 +159,7 @@ class CudaOps:
         with this step then reads. Rows without a sequence write no KV; what attention and sampling
         give for them means nothing."""
         _check_heads(heads, block_tokens)
-        blocks = self._decode_blocks(heads)
-        shape = StepShape.of_bucket(rows, blocks_max, plan.pieces_max(rows, blocks, heads))
+        shape = StepShape.of_bucket(rows, blocks_max, self._lanes(heads))
         bucket = DecodeBucket(shape, self._device.type == "cuda")
         layout = Layout(shape, bucket.numbers, ())
         step = plan.upload(layout, heads, block_tokens, self._device)
@@ -160,13 +169,14 @@ class CudaOps:
         """The numbers of these decoding sequences, in the bucket's arrays; one copy, no waiting.
 
         The step that read them before must be over. See DecodeBucket.fill for what it raises."""
-        lanes = self._decode_blocks(step.heads) // step.heads.num_kv_heads
-        step.bucket.fill(sequences, step.block_tokens, lanes)
+        step.bucket.fill(sequences, step.block_tokens)
         step.bucket.copy_to(step.numbers)
 
-    def _decode_blocks(self, heads: Heads) -> int:
-        """Blocks of threads that decode at the same time: as many as fit all multiprocessors."""
-        return self._num_sms * DECODE_BLOCKS_PER_SM[heads.head_dim]
+    def _lanes(self, heads: Heads) -> int:
+        """Blocks of threads of a KV head that decode at the same time: of all heads, as many as
+        fit all multiprocessors."""
+        blocks = self._num_sms * DECODE_BLOCKS_PER_SM[heads.head_dim]
+        return max(1, blocks // heads.num_kv_heads)
 
     # --- attention -------------------------------------------------------------------------------
 
@@ -202,13 +212,16 @@ class CudaOps:
             raise ValueError(f"q has strides {q.stride()}, expected contiguous heads")
         self._check_kv(kv_layer, step)
         width = heads.num_q_heads * heads.head_dim
+        if len(step.long_chunks) == 1 and step.long_chunks[0].count == shape.rows:
+            return self._long_chunk(q, kv_layer, step, step.long_chunks[0])
         out = torch.empty(shape.rows, width, dtype=q.dtype, device=q.device)
         if shape.decode_rows:
             self._decode(q, kv_layer, step, out)
         if shape.tiles:
             self._prefill(q, kv_layer, step, out)
         for chunk in step.long_chunks:
-            self._long_chunk(q, kv_layer, step, chunk, out)
+            made = self._long_chunk(q, kv_layer, step, chunk)
+            out[chunk.row : chunk.row + chunk.count] = made
         return out
 
     def _decode(
@@ -217,13 +230,13 @@ class CudaOps:
         heads, shape = step.heads, step.shape
         constants = decode_constants(heads, step.block_tokens)
         arguments = [
-            *(q, kv_layer, step.tables, step.pieces, step.num_pieces),
-            *(out, step.partial, step.softmax),
+            *(q, kv_layer, step.tables, step.pieces, step.lane_first),
+            *(out, step.partial, step.softmax, step.arrivals),
             np.int64(q.stride(0)),
             np.int32(shape.blocks_max),
             _scale(heads),
         ]
-        grid = (min(self._decode_blocks(heads), shape.pieces * heads.num_kv_heads),)
+        grid = (shape.lanes * heads.num_kv_heads,)
         threads = DECODE_WARPS * WARP
         self._launch(
             "paged_decode",
@@ -234,10 +247,6 @@ class CudaOps:
             arguments,
             decode_shared_bytes(heads),
         )
-        if shape.pieces > shape.decode_rows:
-            grid = (shape.decode_rows, -(-heads.num_q_heads // DECODE_WARPS))
-            arguments = [step.places, step.partial, step.softmax, out]
-            self._launch("paged_decode", "combine_pieces", constants, grid, threads, arguments)
 
     def _prefill(
         self, q: torch.Tensor, kv_layer: torch.Tensor, step: CudaStep, out: torch.Tensor
@@ -264,27 +273,40 @@ class CudaOps:
         kv_layer: torch.Tensor,
         step: CudaStep,
         chunk: LongChunk,
-        out: torch.Tensor,
-    ) -> None:
-        """The chunk's context gathered in token order, then torch's attention."""
+    ) -> torch.Tensor:
+        """The chunk's context gathered in token order, then torch's attention; (count, width)."""
         heads, num_tokens = step.heads, chunk.start + chunk.count
+        padded = num_tokens if chunk.start else plan.padded_tokens(num_tokens)
         kv = torch.empty(
-            (2, 1, heads.num_kv_heads, num_tokens, heads.head_dim), dtype=q.dtype, device=q.device
+            (2, 1, heads.num_kv_heads, padded, heads.head_dim), dtype=q.dtype, device=q.device
         )
-        grid = (*_blocks(num_tokens * heads.head_dim // VECTOR), 2 * heads.num_kv_heads)
-        arguments = [kv_layer, step.tables[chunk.table], kv, np.int32(num_tokens)]
+        grid = (*_blocks(padded * heads.head_dim // VECTOR), 2 * heads.num_kv_heads)
+        arguments = [
+            *(kv_layer, step.tables[chunk.table], kv, np.int32(num_tokens), np.int32(padded))
+        ]
         constants = gather_constants(heads, step.block_tokens)
         self._launch("kv_gather", "kv_gather", constants, grid, THREADS, arguments)
-        rows = slice(chunk.row, chunk.row + chunk.count)
-        queries = q[rows].transpose(0, 1)[None]
-        if chunk.start == 0:
-            made = F.scaled_dot_product_attention(
-                queries, kv[0], kv[1], is_causal=True, enable_gqa=True
-            )
-        else:
-            mask = causal_lower_right(chunk.count, num_tokens)
-            made = F.scaled_dot_product_attention(queries, kv[0], kv[1], mask, enable_gqa=True)
-        out[rows] = made[0].transpose(0, 1).reshape(chunk.count, -1)
+        queries = q[chunk.row : chunk.row + chunk.count]
+        if padded > num_tokens:  # what the rows behind the chunk hold reaches no other row
+            wider = torch.empty((padded, *queries.shape[1:]), dtype=q.dtype, device=q.device)
+            wider[: chunk.count] = queries
+            queries = wider
+        made = _long_attention(queries, kv, chunk.start)
+        # torch's fused kernels write heads of a token side by side: the reshape copies nothing.
+        return made[0].transpose(0, 1)[: chunk.count].reshape(chunk.count, -1)
+
+    def prepare_chunks(self, heads: Heads, tokens_max: int) -> None:
+        """Let torch's attention meet every number of tokens that `attention` gives it for first
+        chunks up to tokens_max, padded or as they lie beside K and V: cuDNN prepares for each,
+        once in a thread."""
+        sizes = {plan.padded_tokens(n) for n in range(plan.SDPA_TOKENS_MIN, tokens_max + 1)}
+        for size in sorted(sizes):
+            kv_shape = (2, 1, heads.num_kv_heads, size, heads.head_dim)
+            kv = torch.zeros(kv_shape, dtype=torch.bfloat16, device=self._device)
+            qkv = torch.zeros((size, _qkv_width(heads)), dtype=torch.bfloat16, device=self._device)
+            beside = qkv.view(size, -1, heads.head_dim)[:, : heads.num_q_heads]
+            for queries in (beside.contiguous(), beside):
+                _long_attention(queries, kv, 0)
 
     # --- sampling --------------------------------------------------------------------------------
 
@@ -292,8 +314,8 @@ class CudaOps:
         ids = self.sample_ids(logits, self.sampling_params(table)).tolist()
         return [None if token_id < 0 else token_id for token_id in ids]
 
-    def sampling_params(self, table: SamplingTable) -> torch.Tensor:
-        """The table on the device: (rows, 5) float64 in the order of Column in sample.cu."""
+    def sampling_params(self, table: SamplingTable) -> SamplingParams:
+        """The table on the device, without waiting."""
         temperature = np.where(
             table.temperature > 0.0, np.maximum(table.temperature, TEMPERATURE_MIN), 0.0
         )
@@ -301,24 +323,38 @@ class CudaOps:
         params = torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
         if self._device.type == "cuda":
             params = params.pin_memory()  # from other memory the copy would wait for the stream
-        return params.to(self._device, non_blocking=True)
+        is_short = (table.top_k > 0) & (table.top_k <= sample_ranks(self._sample_threads))
+        is_cut = (table.top_p < 1.0) | (table.min_p > 0.0) | (table.top_k > 0)
+        is_wide = bool((is_cut & ~is_short & (temperature > 0.0)).any())
+        return SamplingParams(params.to(self._device, non_blocking=True), is_wide)
 
-    def sample_ids(self, logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    def sample_ids(self, logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         """As `sample`, without waiting: (rows,) int32 on the device, -1 for None.
 
         logits (rows, vocab) bfloat16 or float32; params from `sampling_params`."""
         rows = len(logits)
-        checks.shape("logits", logits, (len(params), None))
+        checks.shape("logits", logits, (len(params.rows), None))
         checks.dtype("logits", logits, torch.bfloat16, torch.float32)
-        padded = F.pad(logits, (0, -logits.shape[1] % VECTOR), value=-math.inf).contiguous()
+        padded = logits.contiguous()
+        if missing := -logits.shape[1] % VECTOR:  # even an empty pad would copy all logits
+            padded = F.pad(padded, (0, missing), value=-math.inf)
         ids = torch.empty(rows, dtype=torch.int32, device=logits.device)
-        constants = sample_constants(logits.dtype, self._sample_threads)
-        arguments = [padded, params, ids, np.int32(padded.shape[1])]
-        if rows:
-            shared_bytes = SAMPLE_LISTED_MAX * SAMPLE_LISTED_BYTES
+        if not rows:
+            return ids
+        threads, vocab = self._sample_threads, np.int32(padded.shape[1])
+        arguments = [padded, params.rows, ids, vocab]
+        is_wide = params.is_wide and logits.dtype == torch.bfloat16
+        if is_wide:
+            constants = wide_constants(threads)
+            shared_bytes = WIDE_KEYS * 2
             self._launch(
-                "sample", "sample", constants, (rows,), constants[0][1], arguments, shared_bytes
-            )
+                "sample_wide", "sample_wide", constants, (rows,), WIDE_THREADS, arguments,
+                shared_bytes,
+            )  # fmt: skip
+        constants = sample_constants(logits.dtype, threads)
+        shared_bytes = SAMPLE_LISTED_MAX * SAMPLE_LISTED_BYTES
+        arguments.append(np.int32(is_wide))
+        self._launch("sample", "sample", constants, (rows,), threads, arguments, shared_bytes)
         return ids
 
     def logprobs(
@@ -346,6 +382,16 @@ class CudaOps:
     ) -> None:
         function = self._launcher.function(file, kernel, constants)
         function(grid, (threads,), arguments, shared_bytes)
+
+
+def _long_attention(queries: torch.Tensor, kv: torch.Tensor, start: int) -> torch.Tensor:
+    """torch's attention of (tokens, heads, dim) queries from token `start` on, over all of kv
+    (2, 1, kv_heads, start + tokens, dim); (1, heads, tokens, dim)."""
+    by_head = queries.transpose(0, 1)[None]
+    if start == 0:
+        return F.scaled_dot_product_attention(by_head, *kv, is_causal=True, enable_gqa=True)
+    mask = causal_lower_right(len(queries), kv.shape[3])
+    return F.scaled_dot_product_attention(by_head, *kv, mask, enable_gqa=True)
 
 
 # --- constants of the kernels --------------------------------------------------------------------
@@ -381,12 +427,18 @@ def prefill_constants(heads: Heads, block_tokens: int) -> Constants:
 
 def decode_constants(heads: Heads, block_tokens: int) -> Constants:
     shared = prefill_constants(heads, block_tokens)
-    return (*shared, ("WARPS", DECODE_WARPS), ("STAGES", DECODE_STAGES))
+    return (*shared, ("WARPS", DECODE_WARPS), ("STAGES", decode_stages(heads)))
+
+
+def decode_stages(heads: Heads) -> int:
+    """Tiles of a ring: as many as leave room for the sums and for another block beside."""
+    return DECODE_STAGES if heads.group <= DECODE_GROUP_MAX // 2 else DECODE_STAGES - 1
 
 
 def decode_shared_bytes(heads: Heads) -> int:
-    """K and V of DECODE_STAGES tiles for each warp."""
-    return DECODE_WARPS * DECODE_STAGES * 2 * DECODE_TILE_TOKENS * heads.head_dim * 2
+    """For each warp K and V of the ring's tiles, and the sums of its heads in float32."""
+    ring = decode_stages(heads) * 2 * DECODE_TILE_TOKENS * heads.head_dim * 2
+    return DECODE_WARPS * (ring + heads.group * heads.head_dim * 4)
 
 
 def prefill_shared_bytes(heads: Heads) -> int:
@@ -396,6 +448,15 @@ def prefill_shared_bytes(heads: Heads) -> int:
 
 def sample_constants(dtype: torch.dtype, threads: int) -> Constants:
     return (("THREADS", threads), ("IS_BF16", int(dtype == torch.bfloat16)))
+
+
+def sample_ranks(threads: int) -> int:
+    """GROUP_RANK_MAX in sample.cu: heads up to it are always found in the list."""
+    return threads * SAMPLE_STREAMS * 3 // 4
+
+
+def wide_constants(sample_threads: int) -> Constants:
+    return (("THREADS", WIDE_THREADS), ("TOP_K_MAX", sample_ranks(sample_threads)))
 
 
 def _check_heads(heads: Heads, block_tokens: int) -> None:

@@ -11,10 +11,8 @@ import torch
 
 from kernels import checks
 from kernels.cuda import plan
-from kernels.cuda.plan import PIECE_FIELDS, PLACE_FIELDS, CudaStep, StepShape
+from kernels.cuda.plan import PIECE_FIELDS, CudaStep, StepShape
 from kernels.ops import SequenceTokens
-
-STEPS_PER_CUT = 32  # steps of the same sequences that keep the size of a piece
 
 
 class DecodeBucket:
@@ -25,16 +23,14 @@ class DecodeBucket:
         size = sum(shape.sizes())
         self._staging = torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned)
         self.numbers = self._staging.numpy()
-        slots, tables, pieces, num_pieces, places, _ = plan.split(self.numbers, shape)
-        self._slots, self._tables, self._num_pieces = slots, tables, num_pieces
+        slots, tables, pieces, lane_first, _ = plan.split(self.numbers, shape)
+        self._slots, self._tables, self._lane_first = slots, tables, lane_first
         self._pieces = pieces.reshape(shape.pieces, PIECE_FIELDS)
-        self._places = places.reshape(shape.decode_rows, PLACE_FIELDS)
         self._slots[:] = -1
         self._held: list[np.ndarray] = []  # tables that stand in the rows
-        self._size, self._steps_left = 0, 0
 
-    def fill(self, sequences: list[SequenceTokens], block_tokens: int, lanes: int) -> None:
-        """The numbers of decoding sequences; lanes: see plan.cut.
+    def fill(self, sequences: list[SequenceTokens], block_tokens: int) -> None:
+        """The numbers of decoding sequences.
 
         A table that is the same array as in the fill before has not changed. Raises ValueError
         where the bucket is too small or a sequence has more than one token."""
@@ -46,21 +42,14 @@ class DecodeBucket:
             if row >= len(self._held) or self._held[row] is not sequence.table:
                 blocks = sequence.table[: self._shape.blocks_max]
                 self._tables[row, : len(blocks)] = blocks
-                self._steps_left = 0
-        if count != len(self._held):
-            self._steps_left = 0
         self._held = [sequence.table for sequence in sequences]
         blocks = self._tables[np.arange(count), used - 1]
         self._slots[:count] = blocks * block_tokens + starts % block_tokens
         self._slots[count:] = -1
-        if self._steps_left == 0:
-            self._size, self._steps_left = plan.piece_size(starts + 1, max(lanes, 1)), STEPS_PER_CUT
-        self._steps_left -= 1
-        pieces, places = plan.cut(starts + 1, lanes, self._size)
-        pieces[:, 0], places[:, 0] = pieces[:, 1], np.arange(count)
+        pieces, lane_first = plan.cut(starts + 1, self._shape.lanes)
+        pieces[:, 0] = pieces[:, 1]
         self._pieces[: len(pieces)] = pieces
-        self._num_pieces[0] = len(pieces)
-        self._places[:count], self._places[count:] = places, 0
+        self._lane_first[:] = lane_first
 
     def _check(self, sequences: list[SequenceTokens], used: np.ndarray, block_tokens: int) -> None:
         shape = self._shape

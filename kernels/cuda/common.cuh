@@ -1,7 +1,7 @@
 // What the kernels share: 16-byte accesses, bfloat16, reductions, and the instructions of the
 // tensor cores and of asynchronous copies. Inline PTX stands in this file only; each such wrapper
 // has a body for the CPU harness (CUDASIM). NVRTC compiles a kernel from this text, no header.
-// Instructions: PTX ISA 8.7, sections cp.async, ldmatrix, mma (m16n8k16), cvt, max.
+// Instructions: PTX ISA 8.7, sections cp.async, ldmatrix, mma (m16n8k16), cvt, max, ld, fence.
 #ifndef CUDASIM
 #define SHARED(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -30,6 +30,25 @@ __device__ __forceinline__ void store_16(void* to, uint4 value) {
     cudasim::check_access(to, 16);
 #endif
     *reinterpret_cast<uint4*>(to) = value;
+}
+
+// What other blocks wrote in this launch, before share_writes on both sides and a sign between them.
+__device__ __forceinline__ float load_fresh(const float* from) {
+#ifdef CUDASIM
+    cudasim::check_access(from, 4);
+    return *from;
+#else
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+    return value;
+#endif
+}
+
+// This thread's writes so far are seen by other blocks before what it writes from here on.
+__device__ __forceinline__ void share_writes() {
+#ifndef CUDASIM
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
 }
 
 #ifndef CUDASIM

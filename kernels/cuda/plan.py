@@ -14,15 +14,15 @@ import torch
 from kernels import checks
 from kernels.ops import Heads, SequenceTokens
 
-PIECE_STEP_TOKENS = 64  # pieces start at multiples: a tile for each of four warps
-PIECE_TOKENS_MIN = 128
-PIECE_COST_TOKENS = 96  # what starting and ending a piece costs, in tokens of streaming; a guess
-WAVES_MAX = 4  # pieces of one step are at most this many per block of threads, besides one per row
+UNIT_TOKENS = 64  # contexts are cut at multiples: a tile for each of four warps
+ROW_COST_UNITS = 1  # what beginning and ending a row costs, in units of streaming
+LANE_UNITS_MIN = 2  # a lane that has less to do is not worth its sums
 PREFILL_ROWS = 64  # (token, head) rows of one tile, ROWS in chunked_prefill.cu
-PIECE_FIELDS, PLACE_FIELDS, TILE_FIELDS = 5, 3, 4
-# (new tokens at least, tokens before at most): where gathering KV and torch's attention win. From
-# the rates in docs/kernels.md; to be measured anew for another GPU.
-SDPA_SIZES = ((1024, 0), (2048, 1 << 30))
+PIECE_FIELDS, TILE_FIELDS = 7, 4
+# New tokens from which on gathering KV and torch's attention win, whatever stands before them.
+# Measured on an H200 (docs/kernels.md); to be measured anew for another GPU.
+SDPA_TOKENS_MIN = 512
+PADS_PER_OCTAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +33,22 @@ class StepShape:
     decode_rows: int
     tables: int
     blocks_max: int  # of one table
+    lanes: int  # of a KV head: blocks of threads that decode at the same time
     pieces: int
     tiles: int
 
     @classmethod
-    def of_bucket(cls, rows: int, blocks_max: int, pieces: int) -> "StepShape":
+    def of_bucket(cls, rows: int, blocks_max: int, lanes: int) -> "StepShape":
         """Up to `rows` decoding sequences of up to blocks_max blocks."""
-        return cls(rows, rows, rows, blocks_max, pieces, 0)
+        return cls(rows, rows, rows, blocks_max, lanes, rows + lanes, 0)
 
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of each array: slots, tables, pieces, num_pieces, places, tiles."""
+        """Numbers of each array: slots, tables, pieces, lane_first, tiles."""
         return (
             self.rows,
             self.tables * self.blocks_max,
             self.pieces * PIECE_FIELDS,
-            1,
-            self.decode_rows * PLACE_FIELDS,
+            self.lanes + 1,
             self.tiles * TILE_FIELDS,
         )
 
@@ -74,11 +74,11 @@ class CudaStep:
     slots: torch.Tensor  # (rows,) see rope_kv_write.cu
     tables: torch.Tensor  # (tables, blocks_max)
     pieces: torch.Tensor  # see paged_decode.cu
-    num_pieces: torch.Tensor
-    places: torch.Tensor  # see combine_pieces
+    lane_first: torch.Tensor  # (lanes + 1,)
     tiles: torch.Tensor  # see chunked_prefill.cu
     partial: torch.Tensor  # (pieces, q_heads, head_dim) float32
     softmax: torch.Tensor  # (pieces, q_heads, 2) float32
+    arrivals: torch.Tensor  # (pieces, kv_heads) int32, zeros between launches
     long_chunks: tuple[LongChunk, ...]
 
 
@@ -91,25 +91,17 @@ class Layout:
     long_chunks: tuple[LongChunk, ...]
 
 
-def pieces_max(rows: int, num_blocks: int, heads: Heads) -> int:
-    """Most pieces that `cut` makes of so many rows."""
-    return rows + WAVES_MAX * -(-num_blocks // heads.num_kv_heads)
-
-
-def lay_out(
-    sequences: list[SequenceTokens], heads: Heads, block_tokens: int, num_blocks: int
-) -> Layout:
-    """The step's numbers; num_blocks: blocks of threads that decode at the same time."""
+def lay_out(sequences: list[SequenceTokens], heads: Heads, block_tokens: int, lanes: int) -> Layout:
+    """The step's numbers; lanes: see `cut`."""
     for sequence in sequences:
         checks.block_table("table", sequence.table, sequence.start + sequence.count, block_tokens)
     counts = np.array([sequence.count for sequence in sequences], dtype=np.int64)
     starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
     first_rows = np.cumsum(counts) - counts
     decoding = np.flatnonzero(counts == 1)
-    pieces, places = cut(starts[decoding] + 1, num_blocks // heads.num_kv_heads)
+    pieces, lane_first = cut(starts[decoding] + 1, lanes)
     pieces[:, 0] = first_rows[decoding][pieces[:, 1]]
     pieces[:, 1] = decoding[pieces[:, 1]]
-    places[:, 0] = first_rows[decoding]
     tiles, long_chunks = _chunks(sequences, first_rows, heads)
     used = -(-(starts + counts) // block_tokens)
     shape = StepShape(
@@ -117,11 +109,12 @@ def lay_out(
         len(decoding),
         len(sequences),
         int(used.max(initial=1)),
+        lanes,
         len(pieces),
         len(tiles),
     )
     numbers = np.zeros(sum(shape.sizes()), dtype=np.int32)
-    slots, tables, piece_numbers, num_pieces, place_numbers, tile_numbers = split(numbers, shape)
+    slots, tables, piece_numbers, lane_numbers, tile_numbers = split(numbers, shape)
     for index, sequence in enumerate(sequences):
         tables[index, : used[index]] = sequence.table[: used[index]]
         positions = np.arange(sequence.start, sequence.start + sequence.count)
@@ -129,8 +122,7 @@ def lay_out(
         blocks = sequence.table[positions // block_tokens]
         slots[rows] = blocks * block_tokens + positions % block_tokens
     piece_numbers[:] = pieces.reshape(-1)
-    num_pieces[0] = len(pieces)
-    place_numbers[:] = places.reshape(-1)
+    lane_numbers[:] = lane_first
     tile_numbers[:] = tiles.reshape(-1)
     return Layout(shape, numbers, long_chunks)
 
@@ -142,52 +134,47 @@ def split(numbers: np.ndarray, shape: StepShape) -> list[np.ndarray]:
     return parts
 
 
-def piece_size(lengths: np.ndarray, lanes: int) -> int:
-    """Tokens of a piece: of the sizes tried, the one whose longest lane is estimated shortest; see
-    `cut`."""
-    best: tuple[float, int] | None = None
-    size, longest = PIECE_TOKENS_MIN, int(lengths.max(initial=1))
-    while True:
-        parts = -(-lengths // size)
-        if parts.sum() <= len(lengths) + WAVES_MAX * lanes:
-            each = np.sort(np.repeat(-(-lengths // parts), parts))[::-1]
-            cost = float((each[::lanes] + PIECE_COST_TOKENS).sum())
-            if best is None or cost < best[0]:
-                best = (cost, size)
-        if size >= longest:
-            break
-        size = min(longest, size + max(PIECE_STEP_TOKENS, size // 4))
-    assert best is not None, f"{len(lengths)} rows in {lanes} lanes"
-    return best[1]
+def cut(lengths: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts of decoding rows as one stream, cut into a stretch of equal work for each lane.
 
-
-def cut(lengths: np.ndarray, lanes: int, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Contexts of decoding rows as pieces, longest first, and where each row's pieces leave sums.
-
-    lengths (n,) tokens; lanes: pieces of one KV head that are computed at the same time; size: of
-    a piece, where known and not too small for the lanes.
-    pieces (m, 5): 0, index of the row, first token, end, place or -1; places (n, 3): 0, first
-    place, number of places (0 where the row is one piece)."""
-    lanes = max(lanes, 1)
-    if not size or (-(-lengths // size)).sum() > len(lengths) + WAVES_MAX * lanes:
-        size = piece_size(lengths, lanes)
-    parts = -(-lengths // size)
-    sizes = -(-lengths // parts)
-    sizes = -(-sizes // PIECE_STEP_TOKENS) * PIECE_STEP_TOKENS
-    parts = -(-lengths // sizes)
-    row = np.repeat(np.arange(len(lengths)), parts)
-    ordinal = np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
-    first = ordinal * sizes[row]
-    is_split = parts > 1
-    split_parts = np.where(is_split, parts, 0)
+    lengths (n,) tokens; lanes: blocks of threads of one KV head that decode at the same time.
+    pieces (m, 7): 0, index of the row, first token, end, place of the piece's sums (-1 where it is
+    all of its row), first place and number of places of the row; in the order of the rows.
+    lane_first (lanes + 1,): pieces [lane_first[i], lane_first[i + 1]) are lane i's."""
+    units = -(-lengths // UNIT_TOKENS)
+    ends = np.cumsum(units + ROW_COST_UNITS)
+    tokens_at = ends - units  # where the first token of each row lies in the stream
+    total = int(ends[-1]) if len(ends) else 0
+    busy = max(1, min(lanes, total // LANE_UNITS_MIN))
+    bounds = np.arange(1, busy) * total // busy
+    row = np.searchsorted(ends, bounds, side="right")
+    unit = bounds - tokens_at[row]
+    is_inside = unit > 0  # else the lane begins with the row
+    row, unit = row[is_inside], unit[is_inside]
+    rows = np.concatenate((np.arange(len(lengths)), row))
+    first = np.concatenate((np.zeros_like(units), unit))
+    order = np.lexsort((first, rows))
+    rows, first = rows[order], first[order]
+    parts = np.bincount(rows, minlength=len(lengths))
+    ordinal = np.arange(len(rows)) - np.repeat(np.cumsum(parts) - parts, parts)
+    split_parts = np.where(parts > 1, parts, 0)
     first_place = np.cumsum(split_parts) - split_parts
-    pieces = np.zeros((len(row), PIECE_FIELDS), dtype=np.int64)
-    pieces[:, 1], pieces[:, 2] = row, first
-    pieces[:, 3] = np.minimum(first + sizes[row], lengths[row])
-    pieces[:, 4] = np.where(is_split[row], first_place[row] + ordinal, -1)
-    order = np.argsort(pieces[:, 2] - pieces[:, 3], kind="stable")
-    places = np.stack((np.zeros_like(parts), first_place, split_parts), axis=1)
-    return pieces[order], places
+    pieces = np.zeros((len(rows), PIECE_FIELDS), dtype=np.int64)
+    pieces[:, 1], pieces[:, 2] = rows, first * UNIT_TOKENS
+    pieces[:-1, 3] = pieces[1:, 2]
+    pieces[ordinal == parts[rows] - 1, 3] = lengths
+    pieces[:, 4] = np.where(parts[rows] > 1, first_place[rows] + ordinal, -1)
+    pieces[:, 5], pieces[:, 6] = first_place[rows], split_parts[rows]
+    lane_of = np.searchsorted(bounds, tokens_at[rows] + first, side="right")
+    lane_first = np.searchsorted(lane_of, np.arange(lanes + 1))
+    return pieces, lane_first
+
+
+def padded_tokens(count: int) -> int:
+    """The next larger of few numbers of tokens, a quarter of a power of two apart. cuDNN takes
+    50 ms to prepare for a number of tokens that it has not met (H200, cuDNN of torch 2.11)."""
+    step = max(1, (1 << (count.bit_length() - 1)) // PADS_PER_OCTAVE)
+    return -(-count // step) * step
 
 
 def _chunks(
@@ -200,7 +187,7 @@ def _chunks(
         start, count, row = sequence.start, sequence.count, int(first_rows[index])
         if count == 1:
             continue
-        if any(count >= least and start <= most for least, most in SDPA_SIZES):
+        if count >= SDPA_TOKENS_MIN:
             long_chunks.append(LongChunk(row, index, start, count))
             continue
         for offset in range(0, count, tile_tokens):
@@ -218,7 +205,7 @@ def upload(layout: Layout, heads: Heads, block_tokens: int, device: torch.device
         host = host.pin_memory()
     numbers = host.to(device, non_blocking=True, copy=True)
     shape = layout.shape
-    slots, tables, pieces, num_pieces, places, tiles = numbers.split(shape.sizes())
+    slots, tables, pieces, lane_first, tiles = numbers.split(shape.sizes())
     partial = (shape.pieces, heads.num_q_heads, heads.head_dim)
     return CudaStep(
         heads,
@@ -228,10 +215,10 @@ def upload(layout: Layout, heads: Heads, block_tokens: int, device: torch.device
         slots,
         tables.view(shape.tables, shape.blocks_max),
         pieces,
-        num_pieces,
-        places,
+        lane_first,
         tiles,
         torch.empty(partial, dtype=torch.float32, device=device),
         torch.empty((*partial[:2], 2), dtype=torch.float32, device=device),
+        torch.zeros((shape.pieces, heads.num_kv_heads), dtype=torch.int32, device=device),
         layout.long_chunks,
     )

@@ -18,6 +18,7 @@ constexpr int GROUP_RANK_MAX = THREADS * STREAMS * 3 / 4;  // lists about twice 
 constexpr int KEY_BIT_MIN = IS_BF16 ? 16 : 0;  // bits below carry nothing
 constexpr unsigned KEY_STEP = 1u << KEY_BIT_MIN;
 constexpr unsigned long long NONE = ~0ull;
+constexpr int UNDECIDED = -2;  // what sample_wide leaves in `ids`
 enum Column { TEMPERATURE, TOP_P, TOP_K, MIN_P, UNIFORM, NUM_COLUMNS };
 
 #if IS_BF16
@@ -420,9 +421,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 384 && IS_BF16 
     const Logit* __restrict__ logits,   // (rows, vocab); vocab is a multiple of 8
     const double* __restrict__ params,  // (rows, NUM_COLUMNS); temperature 0 is greedy
     int* __restrict__ ids,              // (rows), written; -1 where a logit is no number
-    int vocab) {
+    int vocab,
+    int is_rest) {  // only rows whose id is UNDECIDED
     DYNAMIC_SHARED(shared);
     SHARED(Scratch, scratch, 1);
+    if (is_rest && ids[blockIdx.x] != UNDECIDED) return;  // the whole block leaves
     const double* mine = params + blockIdx.x * NUM_COLUMNS;
     const int segment = threadIdx.x / WARP * SEGMENT;
     double* weights = reinterpret_cast<double*>(shared);

@@ -512,6 +512,14 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
     return votes;
 }
 
+template <class T>
+inline T atomicAdd(T* at, T amount) {  // no fiber gives way within it
+    cudasim::check_access(at, sizeof(T));
+    const T before = *at;
+    *at = before + amount;
+    return before;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -71,6 +71,9 @@ class ScriptedRunner:
         self.script: dict[tuple[str, int], int | None] = {}
         self.plans: list[Plan] = []
 
+    def prepare(self) -> None:
+        """See engine.Runner."""
+
     def run(self, plan: Plan, layer_written: Callable[[int], None] | None = None) -> RunResult:
         self.plans.append(plan)
         sequences = [row.sequence for row in plan.rows if row.samples]

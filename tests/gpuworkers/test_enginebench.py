@@ -118,8 +118,8 @@ def test_every_shape_is_timed_once(rig):
 
 def test_a_loop_of_the_engine_is_timed_with_every_sequence_decoding(rig):
     bench, stepper, clock = rig
-    found = engineloop.time_steps(stepper, bench._kv, 4, 33, 0.5, clock)
-    assert (found.kind, found.batch, found.tokens, found.device_s) == ("engine loop", 4, 33, 0.5)
+    found = engineloop.time_steps(stepper, bench._kv, 4, 50, 0.5, clock)
+    assert (found.kind, found.batch, found.tokens, found.device_s) == ("engine loop", 4, 50, 0.5)
     assert found.wall_s == 4.0  # questions to the clock in one step: ours, and the engine's two
     assert stepper.num_replays == WARMUPS + engineloop.REPEATS + 1  # one is ahead of the others
     assert stepper.ops.counts["sample"] == 0  # nothing waits for more than the ids

@@ -229,6 +229,9 @@ class FailingRunner:
         self.kv = kv
         self.eos_token_ids: frozenset[int] = frozenset()
 
+    def prepare(self) -> None:
+        """The device is still well."""
+
     def run(self, plan: Plan, layer_written: object = None) -> RunResult:
         with device_failures("cuda:3"):
             raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with …")

@@ -48,6 +48,9 @@ class BufferedTorch(TorchOps):
             out[:count] = TorchOps.attention(self, q[:count], kv_layer, planned)
         return out.to(q.dtype)
 
+    def prepare_chunks(self, heads: Heads, tokens_max: int) -> None:
+        """Nothing waits here."""
+
     def sampling_params(self, table: SamplingTable) -> SamplingTable:
         return table
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cuda import plan
+from kernels.cuda import backend, plan
 from kernels.ops import Heads, SequenceTokens
 from kernels.reference import ReferenceOps
 from tests.kernels.cudakit import BLOCK, assert_attention, assert_near, cache, sequences, values
@@ -21,8 +21,19 @@ def test_decoding_agrees_at_every_boundary_of_block_tile_and_piece(kit):
 def test_a_long_context_is_cut_into_pieces_and_added_up_again(kit):
     steps, _ = sequences([(1500, 1), (3, 1)])
     step = kit.ops.plan_step(steps, SMOL, BLOCK)
-    assert step.places.view(-1, 3)[0, 2] > 1
+    assert step.pieces.view(-1, plan.PIECE_FIELDS)[0, 6] > 1
     assert_attention(kit, [(1500, 1), (3, 1)], SMOL)
+
+
+def test_a_step_leaves_its_arrivals_as_it_found_them(kit):
+    """Else a captured step could be replayed once only."""
+    steps, num_blocks = sequences([(1500, 1), (700, 1)])
+    ops = kit.ops
+    step = ops.plan_step(steps, SMOL, BLOCK)
+    q, kv = kit.on(values(2, 6, 64)), kit.on(cache(num_blocks, SMOL))
+    first = ops.attention(q, kv, step)
+    assert not step.arrivals.any()
+    assert torch.equal(ops.attention(q, kv, step), first)
 
 
 @pytest.mark.parametrize("heads", [WIDE, Heads(4, 4, 16)])
@@ -43,10 +54,31 @@ def test_a_step_mixes_chunks_and_decoding_in_any_order(kit):
 
 @pytest.mark.parametrize("start", [0, 37])
 def test_a_long_chunk_goes_through_torch_and_agrees(kit, start, monkeypatch):
-    monkeypatch.setattr(plan, "SDPA_SIZES", ((48, 1 << 30),))
+    monkeypatch.setattr(plan, "SDPA_TOKENS_MIN", 48)
     steps, _ = sequences([(4, 1), (start, 50)])
     assert kit.ops.plan_step(steps, SMOL, BLOCK).long_chunks == (plan.LongChunk(1, 1, start, 50),)
     assert_attention(kit, [(4, 1), (start, 50)], SMOL)
+
+
+def test_a_first_chunk_is_padded_to_one_of_few_lengths():
+    """And none is more than a quarter longer than it has to be."""
+    padded = [plan.padded_tokens(n) for n in range(512, 8193)]
+    assert len(set(padded)) == 4 * plan.PADS_PER_OCTAVE + 1
+    assert all(n <= more < 1.25 * n for n, more in zip(range(512, 8193), padded, strict=True))
+
+
+def test_all_lengths_of_first_chunks_are_met_beforehand(kit, monkeypatch):
+    met = []
+    attention = backend._long_attention
+    monkeypatch.setattr(
+        backend, "_long_attention", lambda q, *rest: met.append(q.shape) or attention(q, *rest)
+    )
+    monkeypatch.setattr(plan, "SDPA_TOKENS_MIN", 48)
+    kit.ops.prepare_chunks(SMOL, 70)
+    prepared = list(met)
+    assert [tokens for tokens, _, _ in prepared] == [48, 48, 56, 56, 64, 64, 80, 80]
+    assert_attention(kit, [(0, 50), (0, 70)], SMOL)
+    assert met[8:] and set(met[8:]) <= set(prepared)
 
 
 def test_the_answer_is_visible_by_eye_for_one_hot_keys(kit):
@@ -119,28 +151,36 @@ def test_a_bucket_refuses_what_does_not_fit(kit):
 @pytest.mark.parametrize(
     "lengths", [[1], [5000], [4096] * 64, [32_768] + [1000] * 63, list(range(1, 300, 7)), []]
 )
-def test_pieces_cover_every_context_once_within_the_limit(lengths, lanes):
-    pieces, places = plan.cut(np.array(lengths, dtype=np.int64), lanes)
-    assert len(pieces) <= len(lengths) + plan.WAVES_MAX * lanes
+def test_pieces_cover_every_context_once_and_every_lane_has_its_stretch(lengths, lanes):
+    pieces, lane_first = plan.cut(np.array(lengths, dtype=np.int64), lanes)
+    assert len(pieces) <= len(lengths) + lanes
+    assert lane_first.tolist() == sorted(lane_first.tolist())
+    assert (lane_first[0], lane_first[-1]) == (0, len(pieces))
     covered = [[] for _ in lengths]
-    for _, row, first, end, place in pieces.tolist():
-        assert first % plan.PIECE_STEP_TOKENS == 0 and first < end
-        covered[row].append((first, end, place))
+    for _, row, first, end, *places in pieces.tolist():
+        assert first % plan.UNIT_TOKENS == 0 and first < end
+        covered[row].append((first, end, places))
     used = []
     for row, length in enumerate(lengths):
-        parts = sorted(covered[row])
+        parts = covered[row]
         assert [first for first, _, _ in parts] == [0, *(end for _, end, _ in parts[:-1])]
         assert parts[-1][1] == length
-        _, first_place, count = places[row]
-        own = [place for _, _, place in parts]
-        assert own == ([-1] if count == 0 else list(range(first_place, first_place + count)))
-        used += [place for place in own if place >= 0]
+        places = [place for _, _, (place, _, _) in parts]
+        if len(parts) == 1:
+            assert places == [-1]
+            continue
+        assert all(row_of == [places[0], len(parts)] for _, _, (_, *row_of) in parts)
+        used += places
     assert used == list(range(len(used)))
 
 
-def test_one_long_context_among_short_ones_is_spread_over_the_device():
-    """No lane of pieces computes more than a quarter above the mean."""
-    lengths, lanes = np.array([32_768] + [1000] * 63), 33
-    pieces, _ = plan.cut(lengths, lanes)
-    work = [int((pieces[lane::lanes, 3] - pieces[lane::lanes, 2]).sum()) for lane in range(lanes)]
-    assert max(work) <= 1.25 * lengths.sum() / lanes
+@pytest.mark.parametrize(
+    "lengths", [[32_768] + [1000] * 63, [4096] * 64, [1024] * 256, list(range(1, 9000, 37))]
+)
+def test_lanes_have_equal_work_however_the_lengths_differ(lengths):
+    lengths, lanes = np.array(lengths), 33
+    pieces, first = plan.cut(lengths, lanes)
+    tokens = pieces[:, 3] - pieces[:, 2]
+    cost = -(-tokens // plan.UNIT_TOKENS) + (pieces[:, 2] == 0) * plan.ROW_COST_UNITS
+    work = [int(cost[first[lane] : first[lane + 1]].sum()) for lane in range(lanes)]
+    assert max(work) <= sum(work) / lanes + 1 + plan.ROW_COST_UNITS

@@ -36,6 +36,7 @@ for hidden, heads, block_tokens in MODELS:
     ]
 for dtype in (torch.bfloat16, torch.float32):
     CASES.append(("sample", backend.sample_constants(dtype, backend.SAMPLE_THREADS)))
+CASES.append(("sample_wide", backend.wide_constants(backend.SAMPLE_THREADS)))
 
 
 def test_the_cases_name_every_kernel_file():

@@ -24,7 +24,7 @@ SMOL = Heads(6, 2, 64)
 
 def long_chunk(kit: Kit) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SDPA_SIZES", ((48, 1 << 30),))
+        patch.setattr(plan, "SDPA_TOKENS_MIN", 48)
         test_cuda_attention.assert_attention(kit, [(37, 50)], SMOL)
 
 
@@ -127,8 +127,8 @@ FAULTS: list[tuple[Callable[[Kit], None], str, str, str, str]] = [
         decode,
         "paged_decode",
         "off by one block",
-        "WARPS) * TILE / BLOCK_TOKENS]",
-        "WARPS) * TILE / BLOCK_TOKENS + 1]",
+        "* WARPS) * TILE / BLOCK_TOKENS]",
+        "* WARPS) * TILE / BLOCK_TOKENS + 1]",
     ),
     (
         decode,
@@ -154,16 +154,16 @@ FAULTS: list[tuple[Callable[[Kit], None], str, str, str, str]] = [
     (
         decode,
         "paged_decode",
-        "rings reused without a barrier",
-        "__syncthreads();  // the rings are free for the next piece",
+        "sums overwritten before they are read",
+        "__syncthreads();  // the sums have been read: the next piece may leave its own",
         "",
     ),
     (
         pieces,
         "paged_decode",
         "last piece not added",
-        "for (int i = 0; i < count; i++) {",
-        "for (int i = 0; i < count - 1; i++) {",
+        "weights[i] = first + i < count ?",
+        "weights[i] = first + i < count - 1 ?",
     ),
     (
         prefill,
@@ -199,6 +199,20 @@ FAULTS: list[tuple[Callable[[Kit], None], str, str, str, str]] = [
         "sums read without a barrier",
         "scratch->heads[turn][warp] = mine;\n        __syncthreads();",
         "scratch->heads[turn][warp] = mine;",
+    ),
+    (
+        draws,
+        "sample_wide",
+        "largest key read without a barrier",
+        "votes[warp] = largest_key;\n    __syncthreads();",
+        "votes[warp] = largest_key;",
+    ),
+    (
+        draws,
+        "sample_wide",
+        "sum of one key too many",
+        "found.above = middle;",
+        "found.above = end;",
     ),
 ]
 

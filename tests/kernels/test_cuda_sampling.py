@@ -76,3 +76,38 @@ def test_a_temperature_next_to_zero_is_greedy(kit):
 
 def test_no_rows_give_no_ids(kit):
     assert kit.ops.sample(kit.on(torch.zeros(0, 16)), table(0)) == []
+
+
+def test_a_long_head_of_many_values_is_drawn_as_by_the_torch_backend(kit):
+    """Thousands of values, each several times: cuts fall within them, and between."""
+    rows = 12
+    logits = torch.randn(rows, 9000, generator=torch.Generator().manual_seed(5)).bfloat16()
+    columns = SamplingTable(
+        np.resize([0.8, 1.5], rows),
+        np.resize([0.9, 1.0, 0.999], rows),
+        np.resize([0, 0, 0, 3000], rows),
+        np.resize([0.0, 0.1], rows),
+        np.random.default_rng(4).random(rows),
+    )
+    assert kit.ops.sampling_params(columns).is_wide
+    assert kit.ops.sample(kit.on(logits), columns) == sampling.sample(logits.float(), columns)
+
+
+def test_more_equal_logits_than_a_count_can_tell_are_drawn_all_the_same(kit):
+    logits = kit.on(torch.zeros(1, 70_000).bfloat16())
+    assert kit.ops.sample(logits, table(1, 0.5, top_p=0.9)) == [31_500]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_number_that_is_none_is_found_among_the_counts_too(kit, sign):
+    logits = torch.zeros(2, 100).bfloat16()
+    logits[0, 7] = sign * float("nan")
+    assert kit.ops.sample(kit.on(logits), table(2, 0.5, min_p=0.5)) == [None, 50]
+
+
+def test_only_cuts_that_may_keep_many_ids_ask_for_the_counts(kit):
+    def is_wide(**params):
+        return kit.ops.sampling_params(table(1, **params)).is_wide
+
+    assert is_wide(top_p=0.9) and is_wide(min_p=0.1) and is_wide(top_k=6000)
+    assert not (is_wide() or is_wide(top_k=50, top_p=0.9) or is_wide(temperature=0.0, top_p=0.9))
