@@ -20,11 +20,12 @@ DECODES = (  # (batch, tokens of context)
     (1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (1, 4096), (8, 4096), (32, 4096),
     (64, 4096), (128, 4096), (192, 4096), (256, 1024), (256, 2048),
 )  # fmt: skip
-PREFILLS = (1024, 2048, 4096, 8192, 16_384)
+PREFILLS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 IDLE_PROMPT_TOKENS = 512
 IDLE_S = 0.2  # without work before a first token is timed
 WARMUPS, REPEATS = 3, 20
 PREFILL_REPEATS = 5
+MIXED_REPEATS = 3
 
 Clock = Callable[[], float]
 
@@ -73,6 +74,18 @@ class EngineBench:
         """A whole prompt in one step, with its first id."""
         row = StepRow(self._prompt(tokens), 0, self._table(0, tokens), True)
         return self._times("prefill", 1, tokens, [row], PREFILL_REPEATS)
+
+    def mixed(self, tokens: int, start: int, batch: int, context: int) -> float:
+        """Seconds of a step with tokens [start, start + tokens) of one prompt and `batch` decodes
+        of `context` tokens each."""
+        num_blocks = -(-(start + tokens) // BLOCK_TOKENS)
+        chunk = StepRow(self._prompt(tokens), start, self._table(0, start + tokens), True)
+        decodes = [
+            StepRow([i], context - 1, num_blocks + self._table(i, context), True)
+            for i in range(batch)
+        ]
+        walls = [self._wall_s([*decodes, chunk]) for _ in range(1 + MIXED_REPEATS)]
+        return float(np.median(walls[1:]))
 
     def first_token(self, tokens: int) -> StepTime:
         """As prefill, but each time after the device had nothing to do for a while."""

@@ -21,6 +21,7 @@ class CupyFunction:
 
     def __init__(self, kernel: cupy.RawKernel, launcher: "CupyLauncher") -> None:
         self._kernel = kernel
+        self._function = kernel.kernel  # starts on a stream that it is told: no context to enter
         self._launcher = launcher
         self._shared_bytes_max = SHARED_BYTES_UNASKED - kernel.shared_size_bytes
 
@@ -35,8 +36,7 @@ class CupyFunction:
             self._kernel.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_bytes_max = shared_bytes
         passed = [np.int64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-        with self._launcher.stream():
-            self._kernel(grid, block, passed, shared_mem=shared_bytes)
+        self._function(grid, block, passed, shared_bytes, self._launcher.stream())
 
 
 class CupyLauncher:

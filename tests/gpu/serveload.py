@@ -103,7 +103,7 @@ def batch_file(load: Load, model_id: str) -> bytes:
 class Server:
     """`manage.py serve` with a var folder of its own."""
 
-    def __init__(self, var: Path, options: Sequence[str]) -> None:
+    def __init__(self, var: Path, num_workers: int, options: Sequence[str]) -> None:
         self.var = var
         self._environ = {**os.environ, "SLACKWATER_VAR": str(var), "PYTHONUNBUFFERED": "1"}
         var.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,7 @@ class Server:
             )  # fmt: skip
         self.url = f"http://127.0.0.1:{self._until(self._said_port, 'a port')}"
         self._until(lambda: self.page("/readyz").status_code == 200, "a live worker")
+        self._until(lambda: self._num_shown() == num_workers, f"{num_workers} workers")
 
     def _until(self, condition: Any, what: str) -> Any:
         ends_at_s = time.monotonic() + READY_S_MAX
@@ -151,6 +152,9 @@ class Server:
         """The numbers on the Overview now, as it shows them, by their place in the live frame."""
         found = re.findall(r'data-live="([^"]+)"[^>]*>\s*([^<]*?)\s*<', self.page("/").text)
         return {name: text for name, text in found if text}
+
+    def _num_shown(self) -> int:
+        return len({name.split("/")[1] for name in self.overview() if name.startswith("workers/")})
 
     def command(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -217,9 +221,11 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 def measure(options: argparse.Namespace, load: Load) -> dict[str, Any]:
     model_id = options.model.name
-    arguments = ("--workers", "mixed=1", "--device", options.device, "--model", str(options.model))
+    arguments = ("--workers", options.workers, "--device", options.device)
+    arguments += ("--model", str(options.model))
     started_at_s = time.monotonic()
-    server = Server(options.var, arguments)
+    num_workers = sum(int(part.partition("=")[2]) for part in options.workers.split(","))
+    server = Server(options.var, num_workers, arguments)
     print(f"joined after {time.monotonic() - started_at_s:.0f} s", file=sys.stderr, flush=True)
     try:
         asyncio.run(send(server, list(chats(load, options.warm, SEED, 1, model_id))))
@@ -236,10 +242,8 @@ def measure(options: argparse.Namespace, load: Load) -> dict[str, Any]:
         answer["batch"] = json.loads(
             server.command("batch", "status", submitted["id"], "--json")
         ) | {"seconds": time.monotonic() - began_at_s}
-        answer["metrics"] = [
-            line for line in server.page("/metrics").text.splitlines()
-            if line.startswith(("slackwater_tokens_total", "slackwater_requests_total"))
-        ]  # fmt: skip
+        text = server.page("/metrics").text
+        answer["metrics"] = [line for line in text.splitlines() if line.startswith("slackwater_")]
         return answer
     finally:
         server.stop()
@@ -250,7 +254,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.gpu.serveload", description=__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="model folder")
-    add("--device", default="cuda:0")
+    add("--device", default="cuda:0", help="of the workers in turn")
+    add("--workers", default="mixed=1", help="as for manage.py serve")
     add("--var", type=Path, required=True, help="folder for the server's files")
     add("--out", type=Path, required=True, help="JSON file to write")
     add("--seconds", type=float, default=60.0, help="of chats alone, and of chats beside batch")

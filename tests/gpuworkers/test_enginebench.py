@@ -123,3 +123,16 @@ def test_a_loop_of_the_engine_is_timed_with_every_sequence_decoding(rig):
     assert found.wall_s == 4.0  # questions to the clock in one step: ours, and the engine's two
     assert stepper.num_replays == WARMUPS + engineloop.REPEATS + 1  # one is ahead of the others
     assert stepper.ops.counts["sample"] == 0  # nothing waits for more than the ids
+
+
+def test_a_mixed_step_has_its_chunk_behind_the_decodes_in_blocks_of_its_own(rig):
+    bench, stepper, _ = rig
+    seen = []
+    logits = stepper.logits
+    stepper.logits = lambda rows: seen.append(rows) or logits(rows)
+    assert bench.mixed(20, 30, 2, 10) == 1.0
+    *decodes, chunk = seen[-1]
+    assert [(row.start, len(row.token_ids)) for row in decodes] == [(9, 1), (9, 1)]
+    assert (chunk.start, len(chunk.token_ids)) == (30, 20)
+    tables = [set(row.table.tolist()) for row in seen[-1]]
+    assert sum(map(len, tables)) == len(set.union(*tables))

@@ -6,7 +6,7 @@ The table of registers, shared memory and spills is printed at the end of a run.
 import pytest
 import torch
 
-from kernels.cuda import backend, blockcopy, source
+from kernels.cuda import backend, source
 from kernels.cuda.launcher import Constants
 from kernels.ops import Heads
 from tests.cudasim import nvrtc
@@ -24,12 +24,10 @@ SYSTEM_SHARED_BYTES = 1 << 10  # of every block
 
 CASES: list[tuple[str, Constants]] = [("silu_mul", ())]
 for hidden, heads, block_tokens in MODELS:
-    block_bytes = 2 * heads.num_kv_heads * block_tokens * heads.head_dim * 2
     CASES += [
         ("rmsnorm", backend.norm_constants(hidden)),
         ("norm_heads", backend.head_constants(heads)),
         ("rope_kv_write", (*backend.head_constants(heads), ("BLOCK_TOKENS", block_tokens))),
-        ("block_copy", blockcopy.copy_constants(block_bytes)),
         ("kv_gather", backend.gather_constants(heads, block_tokens)),
         ("paged_decode", backend.decode_constants(heads, block_tokens)),
         ("chunked_prefill", backend.prefill_constants(heads, block_tokens)),

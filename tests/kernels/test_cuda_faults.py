@@ -13,7 +13,6 @@ from kernels.ops import Heads
 from tests.cudasim import sim
 from tests.kernels import (
     test_cuda_attention,
-    test_cuda_blocks,
     test_cuda_pointwise,
     test_cuda_sampling,
 )
@@ -61,10 +60,6 @@ def prefill(kit: Kit) -> None:
     test_cuda_attention.test_a_chunk_agrees_with_the_reference(kit, 150, 21)
 
 
-def blocks(kit: Kit) -> None:
-    test_cuda_blocks.test_scattering_what_was_gathered_moves_blocks_and_touches_no_other(kit)
-
-
 def draws(kit: Kit) -> None:
     test_cuda_sampling.test_rows_of_every_kind_are_drawn_as_by_the_torch_backend(
         kit, 3.0, torch.bfloat16
@@ -108,13 +103,6 @@ FAULTS: list[tuple[Callable[[Kit], None], str, str, str, str]] = [
         "sine of the wrong sign",
         "lows[i] * turn[i] - highs",
         "lows[i] * turn[i] + highs",
-    ),
-    (
-        blocks,
-        "block_copy",
-        "wrong layer stride",
-        "(blockIdx.y) * gridDim.x + blockIdx.x;\n    copy_block(buffer",
-        "(blockIdx.y) + blockIdx.x;\n    copy_block(buffer",
     ),
     (
         long_chunk,
