@@ -125,6 +125,7 @@ class Engine:
             return f"{len(self._sequences)} sequences are in hand"
         self._kv.check_integrity(())
         self._place(runner, step_model, model)
+        runner.prepare()
         return ""
 
     # --- assignments

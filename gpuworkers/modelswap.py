@@ -58,5 +58,8 @@ class NoRunner:
     def __init__(self, block_tokens: int) -> None:
         self.kv = NoKV(block_tokens)
 
+    def prepare(self) -> None:
+        """See engine.Runner; nothing to do."""
+
     def run(self, plan: object, layer_written: object = None) -> NoReturn:
         raise AssertionError("a step without a model")
