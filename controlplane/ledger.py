@@ -24,7 +24,7 @@ BURN_BUCKETS = 60  # an hour
 BURN_FAST_BUCKETS = 5
 MILLION = 1_000_000
 MINUTE_S = 60.0
-BURST_S = 5.0  # of a contract's rates that may come at once while others wait (start value)
+BURST_S = 1.0  # of a contract's rates that may come at once while others wait: a burst is a queue
 
 
 @dataclass(frozen=True, slots=True)
