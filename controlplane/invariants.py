@@ -20,6 +20,7 @@ from controlplane.plane import ControlPlane
 TICK_S = 0.1
 SLACK_S = 2.0 * TICK_S  # the plane notices a time limit at its next tick
 SILENT_FACTOR = 2.0  # of a step, for which a worker may be silent and get work (registry.py)
+GUILTY_DEATHS = 2  # of workers, before a request is to blame
 BILLED = ("completed", "cancelled")
 
 
@@ -33,6 +34,8 @@ class _Life:
     stages: list[str] = field(default_factory=list)  # dispatched in this epoch
     key: ContractKey | None = None
     tier: str = ""  # as its worker was told in this epoch
+    held_by: set[str] = field(default_factory=set)  # every worker that was ever given it
+    num_deaths: int = 0  # of those
     num_moved: int = 0  # off workers that were lost or failed it
     num_replaced: int = 0  # before its start
     is_failover: bool = False  # counted as one, and its decision is not here yet
@@ -86,6 +89,8 @@ class Watch:
             case domain.WorkerClosed(worker_id, epoch):
                 if (link := self._links.get(worker_id)) and link.epoch == epoch:
                     link.is_open = False
+                    for life in self._lives.values():
+                        life.num_deaths += worker_id in life.held_by
             case domain.Tick():
                 self._ticked(now_s)
         for command in commands:
@@ -113,6 +118,9 @@ class Watch:
                 link.step_s = max(load.predicted_s, load.measured_s)
             case protocol.Goodbye():
                 link.is_open = False
+            case protocol.HandoffFailed(request_id=name, reason="unreachable"):
+                if life := self._lives.get(name):  # its peer is dead, and that will be heard later
+                    life.num_deaths += 1
             case _:
                 pass
 
@@ -185,6 +193,7 @@ class Watch:
             life.epoch, life.stages = command.epoch, []
         life.stages.append(command.stage)
         life.tier = command.tier
+        life.held_by.add(worker_id)
         if life.waits_since_s is not None:
             waited_s, limit_s = now_s - life.waits_since_s, _wait_s_max(life.request)
             assert waited_s <= limit_s + SLACK_S, f"I12: {name} started after {waited_s:.1f} s"
@@ -233,6 +242,9 @@ class Watch:
                 for other in self._lives.values()
             )
             assert waiting > self._config.queue_max, f"I16: {name} refused, {waiting} wait"
+        elif code == "poison_request" and life.epoch:
+            deaths = life.num_deaths
+            assert deaths >= GUILTY_DEATHS, f"I13: {name} is blamed for {deaths} deaths"
         elif code == "queue_timeout" and life.waits_since_s is not None:
             waited_s, limit_s = now_s - life.waits_since_s, _wait_s_max(request)
             assert waited_s > limit_s, f"I12: {name} expired after {waited_s:.1f} s"
