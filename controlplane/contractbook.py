@@ -93,7 +93,7 @@ class ContractBook:
         is_over = requests + 1 > self.contract.requests_per_min
         return is_over or total + tokens > self.contract.tokens_per_min
 
-    def compare(self, account: AccountView) -> None:
+    def compare(self, account: AccountView, now_s: float) -> None:
         """The ledger's account says the same."""
         spent, usd, running = account.spent_tokens, account.spent_usd, account.num_running
         billed = self.billed_tokens
@@ -102,3 +102,10 @@ class ContractBook:
         assert running == len(self.held), f"I6: {running} held, {len(self.held)} run"
         held = sum(self.held.values())
         assert account.held_tokens == held, f"I6: {account.held_tokens} tokens held, {held}"
+        if self.contract.is_batch:
+            return
+        least = self._since(now_s - MINUTE_S)
+        most = self._since(now_s - MINUTE_S - ROUNDING_S)
+        counted = (account.requests_last_min, account.tokens_last_min)
+        for low, count, high in zip(least, counted, most, strict=True):
+            assert low <= count <= high, f"I5: {counted} in a minute, from {least} to {most}"

@@ -67,6 +67,7 @@ class Watch:
         self._no_more: set[str] = set()  # workers that were told to drain
         self._links: dict[str, _Link] = {}
         self._books: dict[ContractKey, ContractBook] = {}
+        self._guilty: dict[bytes, float] = {}  # fingerprints of prompts, until when
         self._last_s = 0.0
         self._ticked_at_s: float | None = None
 
@@ -100,6 +101,9 @@ class Watch:
             assert name in self._ended or self._lives[name].stages or self._is_waiting(name), (
                 f"I1: {name} got no answer"
             )
+            is_guilty = now_s < self._guilty.get(event.request.fingerprint, now_s)
+            is_admitted = name in self._lives
+            assert not (is_guilty and is_admitted), f"I13: {name} has cost workers before"
 
     def _heard(
         self, event: domain.WorkerMessage, commands: Sequence[Command], now_s: float
@@ -245,7 +249,11 @@ class Watch:
         elif code == "poison_request" and life.epoch:
             deaths = life.num_deaths
             assert deaths >= GUILTY_DEATHS, f"I13: {name} is blamed for {deaths} deaths"
-        elif code == "queue_timeout" and life.waits_since_s is not None:
+        elif code == "poison_request":
+            assert request.fingerprint in self._guilty, f"I13: {name} has cost nothing"
+        if code in ("poison_request", "worker_error") and life.epoch and request.fingerprint:
+            self._guilty[request.fingerprint] = now_s + self._config.quarantine_s
+        if code == "queue_timeout" and life.waits_since_s is not None:
             waited_s, limit_s = now_s - life.waits_since_s, _wait_s_max(request)
             assert waited_s > limit_s, f"I12: {name} expired after {waited_s:.1f} s"
 
@@ -302,7 +310,7 @@ class Watch:
         running = [item for item in tracked.values() if item.phase not in ("queued", "orphaned")]
         assert len(running) <= held <= 2 * len(running), f"I6: {held} held, {len(running)} run"
         for account in plane.accounts(now_s):
-            self._books[account.contract.key].compare(account)
+            self._books[account.contract.key].compare(account, now_s)
 
     def at_rest(self, plane: ControlPlane, now_s: float) -> None:
         """After the end of all work nothing is held anywhere."""

@@ -34,7 +34,7 @@ RARE = frozenset(
         "surplus contract_rate", "contract_rate", "contract_budget", "contract_concurrency", "late",
         "queue_full", "queue_timeout", "no KV room", "planner flip", "no_worker",
         "tenant_concurrency", "tenants compared", "impostor", "goodbye", "console stalled",
-        "sequence failed", "worker_error", "poison_request",
+        "sequence failed", "worker_error", "poison_request", "poison again",
     }
 )  # fmt: skip
 
@@ -170,6 +170,7 @@ class History:
             ),
             arrived_at_s=self.cluster.events.now_s,
             tenant_concurrency_max=30,
+            fingerprint=protocol.fingerprint(tenant_id.encode(), prompt_ids),
         )
         self.cluster.submit(request, arrival.output_tokens, prompt_ids)
 
@@ -236,7 +237,18 @@ class History:
         names = [item.request_id for item in self.scenario.arrivals]
         names = [name for name in names if name not in cluster.streams]
         if names:
-            cluster.poison.setdefault(names[int(fault.pick * len(names))], 0)
+            name = names[int(fault.pick * len(names))]
+            cluster.poison.setdefault(name, 0)
+            cluster.events.at(scenarios.HEAL_AT_S + CONVERGE_S, partial(self._again, name))
+
+    def _again(self, name: str) -> None:
+        """Its sender does not give up: the same prompt under another name."""
+        stream = self.cluster.streams.get(name)
+        if stream is not None and stream.end == "poison_request":
+            self.cluster.reached.add("poison again")
+            now_s = self.cluster.events.now_s
+            again = replace(stream.request, request_id=f"{name}-again", arrived_at_s=now_s)
+            self.cluster.submit(again, stream.tokens, stream.prompt_ids)
 
     def _flood(self, fault: Fault) -> None:
         """One tenant sends much at once."""
@@ -291,7 +303,7 @@ class History:
         for name, stream in cluster.streams.items():
             assert stream.end, f"I1: {name} has no end after {now_s:.0f} s: {stream}"
             assert stream.end in ENDS, f"I1: {name} ended as {stream.end}"
-            is_guilty = name in cluster.poison or self._has_kills
+            is_guilty = name.removesuffix("-again") in cluster.poison or self._has_kills
             assert stream.end != "poison_request" or is_guilty, f"I13: {name} was harmed: {stream}"
             is_complete = len(stream.ids) >= stream.tokens
             assert stream.end != "completed" or is_complete, f"I3: {name} {stream}"
