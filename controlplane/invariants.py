@@ -53,6 +53,7 @@ class _Link:
     is_open: bool
     heard_at_s: float
     step_s: float = 0.0  # the longer of predicted and measured, as it last said
+    busy_s: float = 0.0  # age of the step in hand, as it last said
     role: str = ""  # of the last change
 
 
@@ -117,9 +118,9 @@ class Watch:
         link.heard_at_s = now_s
         match event.message:
             case protocol.WorkerLoad() as load:
-                link.step_s = max(load.predicted_s, load.measured_s)
-            case protocol.Heartbeat(load):
-                link.step_s = max(load.predicted_s, load.measured_s)
+                link.step_s, link.busy_s = max(load.predicted_s, load.measured_s), 0.0
+            case protocol.Heartbeat(load, busy_s):
+                link.step_s, link.busy_s = max(load.predicted_s, load.measured_s), busy_s
             case protocol.Goodbye():
                 link.is_open = False
             case protocol.HandoffFailed(request_id=name, reason="unreachable"):
@@ -182,6 +183,9 @@ class Watch:
         silent_s, step_s = now_s - link.heard_at_s, SILENT_FACTOR * link.step_s
         assert silent_s <= max(self._config.suspect_s_min, step_s), (
             f"I14: {name} went to {worker_id}, silent for {silent_s:.1f} s"
+        )
+        assert link.busy_s <= max(self._config.stuck_s_min, step_s), (
+            f"I14: {name} went to {worker_id}, {link.busy_s:.1f} s in one step"
         )
         assert worker_id not in self._no_more, f"I14: {name} went to draining {worker_id}"
         life = self._lives[name]
@@ -291,6 +295,8 @@ class Watch:
         for name, (size, limit) in plane.sizes().items():
             assert size <= limit, f"I16: {size} of {name}, at most {limit}"
         view = plane.view(now_s)
+        meters = plane.sizes()["GPU meters"][0]
+        assert meters <= len(view.workers), f"I16: {meters} GPU meters, {len(view.workers)} workers"
         tracked = {item.request_id: item for item in view.requests}
         if len(tracked) < len(self._lives):  # the view is bounded
             return

@@ -244,7 +244,8 @@ class History:
     def _again(self, name: str) -> None:
         """Its sender does not give up: the same prompt under another name."""
         stream = self.cluster.streams.get(name)
-        if stream is not None and stream.end == "poison_request":
+        is_first = f"{name}-again" not in self.cluster.streams
+        if stream is not None and stream.end == "poison_request" and is_first:
             self.cluster.reached.add("poison again")
             now_s = self.cluster.events.now_s
             again = replace(stream.request, request_id=f"{name}-again", arrived_at_s=now_s)
