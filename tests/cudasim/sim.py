@@ -62,7 +62,7 @@ class SimFunction:
         arguments: Sequence[Argument],
         shared_bytes: int = 0,
     ) -> None:
-        tensors = [a for a in arguments if isinstance(a, torch.Tensor)] + self._launcher.reachable
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         ranges = (_Range * max(1, len(tensors)))(*[_storage(tensor) for tensor in tensors])
         kept = [_by_value(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(kept))(*[ctypes.addressof(value) for value in kept])
@@ -89,13 +89,11 @@ class SimFunction:
 class SimLauncher:
     """See kernels.cuda.launcher.Launcher.
 
-    `order` of the threads of a block; `faults` are (file, text, other text) put into the source;
-    `reachable`: tensors whose addresses a kernel finds in another tensor."""
+    `order` of the threads of a block; `faults` are (file, text, other text) put into the source."""
 
     def __init__(self, order: int = FORWARD, faults: Sequence[tuple[str, str, str]] = ()) -> None:
         self.order = order
         self.faults = faults
-        self.reachable: list[torch.Tensor] = []
         self.num_launches = 0
         self._functions: dict[tuple[str, str, Constants], SimFunction] = {}
 

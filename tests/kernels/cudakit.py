@@ -9,7 +9,6 @@ from kernels.cuda.backend import CudaOps
 from kernels.cuda.launcher import Launcher
 from kernels.ops import Heads, SequenceTokens
 from kernels.reference import ReferenceOps
-from tests.cudasim.sim import SimLauncher
 
 BLOCK = 16
 NUM_SMS = 4  # few, so that a test's contexts are cut into pieces
@@ -34,11 +33,6 @@ class Kit:
     def on(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the tensor on the device."""
         return tensor.clone().to(self.device)
-
-    def allow(self, tensors: list[torch.Tensor]) -> None:
-        """Tells the harness of tensors whose addresses a kernel finds in another tensor."""
-        if isinstance(self.launcher, SimLauncher):
-            self.launcher.reachable += tensors
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
