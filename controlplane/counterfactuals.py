@@ -8,7 +8,7 @@ from typing import Literal
 
 from controlplane.domain import Candidate, DecisionRecord, SLOClass
 
-# What would have let it in, where no number says it better.
+# What would have let it in, by code of domain.Rejected; `late` has numbers instead.
 REMEDIES = {
     "tenant_concurrency": "one request less of this tenant in flight, or a higher limit",
     "contract_concurrency": "one request less under this contract, or a higher concurrency",
@@ -22,7 +22,8 @@ REMEDIES = {
     "draining": "this console after its restart, or another one",
     "over_commit": "less committed to contracts, or more workers",
     "retries_exhausted": "workers that stay",
-    "poison": "nothing: workers died with it",
+    "poison_request": "nothing: workers died or failed with it",
+    "worker_error": "a worker that does not fail",
 }
 
 
@@ -116,8 +117,9 @@ def _remedies(
         text = f"the same request {record.retry_after_s:.1f} s later"
         yield Counterfactual("remedy", "retry", True, None, None, text)
     if record.bound != "late":
-        text = REMEDIES.get(record.bound, "another outcome of what the reason names")
-        yield Counterfactual("remedy", record.bound, record.bound != "poison", None, None, text)
+        text = REMEDIES[record.bound]
+        is_met = record.bound != "poison_request"
+        yield Counterfactual("remedy", record.bound, is_met, None, None, text)
         return
     if best is None:
         return

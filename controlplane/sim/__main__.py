@@ -7,6 +7,7 @@ python -m controlplane.sim router                 cost of a routing decision, in
 python -m controlplane.sim fairness               a tenant beside one that floods the cluster
 python -m controlplane.sim ledger                 does every worker account for all of its time
 python -m controlplane.sim deadlines              promises of batch deadlines over 28 days
+python -m controlplane.sim split [--search]       the planner against every fixed split of roles
 python -m controlplane.sim swarm [--seeds N]      whole clusters under faults, all laws checked
 python -m controlplane.sim swarm --seed S --shrink    one of them again, and made smaller
 """

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from controlplane import domain, protocol
+from controlplane.counterfactuals import REMEDIES
 from controlplane.domain import SLOClass
 from tests.controlplane.rig import Rig, of, rejection
 from tests.factories import BATCH, INTERACTIVE, make_load
@@ -169,6 +170,13 @@ def test_a_refusal_for_lateness_keeps_its_candidates_and_says_what_would_have_le
 def _contract(slo: SLOClass) -> domain.Contract:
     return domain.Contract(
         "acme", "smollm2-135m", slo.name, 600, 600_000, 50, when_late="reject", itl_s=slo.itl_s_p99
+    )
+
+
+def test_every_code_of_a_refusal_has_its_remedy():
+    _, _, codes = domain.Rejected.__doc__.partition("is stable:")
+    assert {"late", *REMEDIES} == set(
+        codes.strip(". ").replace("\n", " ").replace(",", " ").split()
     )
 
 
