@@ -15,6 +15,8 @@ REMEDIES = {
     "contract_rate": "a slower pace, or a contract with more requests or tokens per minute",
     "contract_budget": "a larger budget, or the next period",
     "queue_full": "a shorter queue",
+    "overloaded": "less load on the whole cluster, or more workers",
+    "overload_share": "less load of this tenant while the cluster is overloaded",
     "queue_timeout": "a class that may wait longer, or room before its limit",
     "no_worker": "a live worker",
     "model_not_served": "a worker that serves the model",
