@@ -3,6 +3,9 @@
 Lines have OpenAI's batch format. Limits: reliability.md §4 and OpenAI's own (50,000 lines, 200 MB).
 """
 
+import hashlib
+import json
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from console.batchresults import stored_path, write_whole
 from console.caps import load_json, quote
 from console.models import Batch, BatchLine, File, Tenant
 from console.models.files import BATCH_ENDED
+from console.quotes import SLACK_MAX, Quote, Work, work_of
+from console.quotes import quote as quote_work
+from controlplane.certificate import Admitted, Refused
 
 FILE_BYTES_MAX = 200 * 1000 * 1000
 LINE_BYTES_MAX = 1 << 20
@@ -27,12 +33,10 @@ OPEN_BATCHES_MAX = 64  # of one tenant; together they bound the rows that wait
 ERRORS_MAX = 100  # mistakes listed for one file
 INSERT_ROWS = 500
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
-WINDOWS = {
-    "1h": timedelta(hours=1),
-    "4h": timedelta(hours=4),
-    "24h": timedelta(hours=24),
-    "7d": timedelta(days=7),
-}
+WINDOW_MIN, WINDOW_MAX = timedelta(minutes=1), timedelta(days=7)
+_WINDOW = re.compile(r"^([1-9][0-9]{0,5})([smhd])\Z")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+PREFIX_BYTES, PREFIX_BLOCKS = 256, 16  # of a prompt, that lines are ordered by
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
 
 
@@ -65,6 +69,7 @@ class Summary:
     url: str
     model_id: str
     num_lines: int
+    sizes: tuple[tuple[int, int | None], ...]  # (prompt bytes, output limit) of each line
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,48 @@ class Invalid:
     errors: tuple[LineError, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """A valid file whose window cannot be promised."""
+
+    quote: Quote
+
+    def __str__(self) -> str:
+        refused = self.quote.outcome
+        assert isinstance(refused, Refused), refused
+        why = (
+            f"needs {refused.need_s:.0f} GPU-seconds by then, batches before it included;"
+            f" {refused.low_s:.0f} are certain"
+        )
+        if refused.earliest_s is None:
+            return f"{why}; no deadline within 7 days is possible"
+        return f"{why}; the earliest possible deadline is {in_words(refused.earliest_s)} from now"
+
+
+def window_of(text: str) -> timedelta | None:
+    """`90m`, `4h`, `7d`: between a minute and 7 days, else None."""
+    match = _WINDOW.match(text)
+    if match is None:
+        return None
+    window = timedelta(**{_UNITS[match[2]]: int(match[1])})
+    return window if WINDOW_MIN <= window <= WINDOW_MAX else None
+
+
+def in_words(seconds: float) -> str:
+    """`45m`, `3h20m`, `2d4h`: as `window_of` could have been given, rounded up to minutes."""
+    minutes = -int(-seconds // 60)
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    parts = [(days, "d"), (hours, "h"), (minutes, "m")]
+    return "".join(f"{n}{unit}" for n, unit in parts if n) or "0m"
+
+
 def submit(
     tenant: Tenant, path: Path, window: str, now: datetime, model_ids: Iterable[str]
-) -> Batch | Invalid:
-    """Keep a copy of the file, check the copy and store its lines, all or nothing."""
-    assert window in WINDOWS, window
+) -> Batch | Invalid | Infeasible:
+    """Keep a copy of the file, check the copy, promise its window and store its lines, all or
+    nothing. While nothing has been measured a batch is taken without a promise."""
+    length = window_of(window)
+    assert length is not None, window
     if tenant.batches.exclude(status__in=BATCH_ENDED).count() >= OPEN_BATCHES_MAX:
         message = f"{tenant.slug} has {OPEN_BATCHES_MAX} open batches already"
         return Invalid((LineError("too_many_batches", message),))
@@ -96,8 +138,14 @@ def submit(
     if isinstance(summary, Invalid):
         stored.unlink()
         return summary
-    with transaction.atomic():
-        batch = _create(tenant, path.name, stored, num_bytes, summary, window, now)
+    with transaction.atomic():  # one at a time: two files may not be promised the same capacity
+        work = work_of(summary.sizes, summary.model_id)
+        quoted = quote_work(summary.model_id, work, length.total_seconds(), now)
+        if quoted is not None and isinstance(quoted.outcome, Refused):
+            stored.unlink()
+            return Infeasible(quoted)
+        values = _quoted(work, quoted, now)
+        batch = _create(tenant, path.name, stored, num_bytes, summary, window, now, values)
         rows = (
             BatchLine(
                 batch=batch,
@@ -105,6 +153,7 @@ def submit(
                 custom_id=line.custom_id,
                 model_id=line.model_id,
                 body=line.body,
+                prefix_key=prefix_key(line.body),
             )
             for index, line in enumerate(_valid_lines(stored, known))
         )
@@ -121,7 +170,10 @@ def _create(
     summary: Summary,
     window: str,
     now: datetime,
+    values: dict[str, Any],
 ) -> Batch:
+    length = window_of(window)
+    assert length is not None, window
     input_file = File.objects.create(
         file_id=stored.stem,
         tenant=tenant,
@@ -140,8 +192,50 @@ def _create(
         completion_window=window,
         num_lines=summary.num_lines,
         created_at=now,
-        expires_at=now + WINDOWS[window],
+        expires_at=now + length,
+        **values,
     )
+
+
+def _quoted(work: Work, quoted: Quote | None, now: datetime) -> dict[str, Any]:
+    """The columns of a new batch's quote."""
+    values: dict[str, Any] = {
+        "line_tokens": work.line_tokens,
+        "line_tokens_max": work.line_tokens_max,
+    }
+    if quoted is not None and isinstance(quoted.outcome, Admitted):
+        slack = min(quoted.outcome.slack, SLACK_MAX)
+        values |= {
+            "expected_s": quoted.finish.expected_s,
+            "finish_from": now + timedelta(seconds=quoted.finish.from_s),
+            "finish_by": now + timedelta(seconds=quoted.finish.by_s),
+            "eta": now + timedelta(seconds=quoted.finish.expected_s),
+            "quoted_slack": slack,
+            "slack": slack,
+        }
+    return values
+
+
+def prompt_of(body: dict[str, Any]) -> bytes:
+    """What a line begins with, byte for byte, for its size and its place beside others."""
+    return json.dumps(body.get("messages", body.get("prompt")), ensure_ascii=False).encode()
+
+
+def prefix_key(body: dict[str, Any]) -> str:
+    """Sorting by it walks the tree of common prefixes depth first: four digits of a chained hash
+    for each leading block of the prompt."""
+    prompt, digits, chain = prompt_of(body), "", b""
+    for start in range(0, PREFIX_BLOCKS * PREFIX_BYTES, PREFIX_BYTES):
+        if start >= len(prompt):
+            break
+        chain = hashlib.sha256(chain + prompt[start : start + PREFIX_BYTES]).digest()
+        digits += chain.hex()[:4]
+    return digits
+
+
+def _output_limit(body: dict[str, Any]) -> int | None:
+    limit = body.get("max_completion_tokens", body.get("max_tokens"))
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def validate(path: Path, model_ids: frozenset[str]) -> Summary | Invalid:
@@ -150,6 +244,7 @@ def validate(path: Path, model_ids: frozenset[str]) -> Summary | Invalid:
     errors: list[LineError] = []
     seen: set[str] = set()
     first: Line | None = None
+    sizes: list[tuple[int, int | None]] = []
     for number, raw in _raw_lines(path):
         if number > LINES_MAX:
             errors.append(LineError("too_many_lines", f"more than {LINES_MAX} lines"))
@@ -159,6 +254,7 @@ def validate(path: Path, model_ids: frozenset[str]) -> Summary | Invalid:
             line = _check_against(line, number, seen, first)
         if isinstance(line, Line):
             seen.add(line.custom_id)
+            sizes.append((len(prompt_of(line.body)), _output_limit(line.body)))
             first = first or line
             continue
         errors.append(line)
@@ -168,7 +264,7 @@ def validate(path: Path, model_ids: frozenset[str]) -> Summary | Invalid:
         return Invalid(tuple(errors))
     if first is None:
         return Invalid((LineError("empty_file", "no request in this file"),))
-    return Summary(first.url, first.model_id, len(seen))
+    return Summary(first.url, first.model_id, len(seen), tuple(sizes))
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:

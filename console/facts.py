@@ -48,6 +48,21 @@ class RequestFact:
 
 
 @dataclass(frozen=True, slots=True)
+class HarvestFact:
+    """What a model's workers did since the last such fact; added to the row of its time."""
+
+    at: datetime
+    model_id: str
+    seconds: float
+    worker_s: float
+    member_s: float
+    online_s: float
+    batch_s: float
+    batch_tokens: float
+    backlog_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlanFact:
     """The plan has changed: what, by whom and why; the columns of model PlanRecord."""
 

@@ -327,6 +327,8 @@ class Fleet:
                 self._send(worker_id, protocol.LoadModel(model_id))
             case domain.StartWorker() | domain.StopWorker() | domain.DrainWorker():
                 self._size_fleet(command)
+            case domain.Harvested():
+                self._records.harvest(command)
             case domain.PlanChanged():
                 self._records.plan(command)
             case _:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from console.facts import PlanFact
+from console.facts import HarvestFact, PlanFact
 from console.writer import WorkerFact
 from controlplane import domain
 
@@ -48,6 +48,11 @@ class FleetRecords:
                 model_after=plan.model_after,
             )
         )
+
+    def harvest(self, found: domain.Harvested) -> None:
+        """History that batch deadlines are promised on."""
+        values = {name: getattr(found, name) for name in domain.Harvested.__slots__}
+        self._put(HarvestFact(at=datetime.now(UTC), **values))
 
     def workers(self, workers: tuple[domain.WorkerView, ...]) -> None:
         """Keep the stored row of each worker equal to its role and status."""

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connections, transaction
 
-from console.facts import CostFact, GpuFact, PlanFact, RequestFact
+from console.capacitybins import add_harvest
+from console.facts import CostFact, GpuFact, HarvestFact, PlanFact, RequestFact
 from console.models import CostMinute, GpuMinute, PlanRecord, RequestRecord, Worker
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class WorkerFact:
     at: datetime
 
 
-Fact = RequestFact | PlanFact | WorkerFact | CostFact | GpuFact
+Fact = RequestFact | PlanFact | WorkerFact | CostFact | GpuFact | HarvestFact
 _ROWS: dict[type[Any], type[Any]] = {
     RequestFact: RequestRecord,
     PlanFact: PlanRecord,
@@ -198,6 +199,8 @@ class FactWriter:
         for fact in facts:
             if isinstance(fact, WorkerFact):
                 _remember_worker(fact)
+            elif isinstance(fact, HarvestFact):
+                add_harvest(fact)
         return num_refused
 
 

@@ -160,6 +160,30 @@ def earliest(queue: Sequence[Demand], job: Demand, forecast: Forecast) -> float 
 
 
 @dataclass(frozen=True, slots=True)
+class Lines:
+    """A batch as a number of lines of about the same cost, some of them done. GPU-seconds."""
+
+    num_left: int
+    line_s: float  # mean, as estimated at submit
+    bias: float  # relative error of that estimate, one deviation
+    cv: float  # coefficient of variation between lines
+    num_done: int = 0
+    done_s: float = 0.0  # what the done ones took together
+
+    def left(self) -> tuple[float, float]:
+        """(mean, variance) of what is left: the estimate at submit and the lines that are done,
+        weighted by their precision. The error of the mean line is one for all lines that are left,
+        so that it does not shrink in the sum."""
+        line_s, bias = self.line_s, self.bias
+        if self.num_done and bias > 0.0:
+            weight = bias**2 / (bias**2 + self.cv**2 / self.num_done)
+            line_s += weight * (self.done_s / self.num_done - line_s)
+            bias *= sqrt(1.0 - weight)
+        mean_s = self.num_left * line_s
+        return mean_s, self.num_left * (self.cv * line_s) ** 2 + (bias * mean_s) ** 2
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """When a batch is expected to end, and between which times with 90 %; seconds from now."""
 

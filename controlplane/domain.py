@@ -535,6 +535,20 @@ class HandoffCounted:
 
 
 @dataclass(frozen=True, slots=True)
+class Harvested:
+    """What the time of one model's workers went into over the last `seconds`. GPU-seconds."""
+
+    model_id: str
+    seconds: float
+    worker_s: float  # of live members
+    member_s: float  # of all members, lost ones included
+    online_s: float
+    batch_s: float
+    batch_tokens: float  # harvest.cost_tokens of the batch lines that ended
+    backlog_s: float  # while batch lines waited
+
+
+@dataclass(frozen=True, slots=True)
 class FailoverCounted:
     """A request left a worker that was lost, fenced or silent."""
 
@@ -574,6 +588,7 @@ Command = (
     | HandoffCounted
     | FailoverCounted
     | MoveCounted
+    | Harvested
 )
 
 # --- views: what pages and metrics read ----------------------------------------------------------

@@ -15,6 +15,7 @@ from controlplane.contracts import Preview, preview
 from controlplane.decisions import Explanation
 from controlplane.domain import Command
 from controlplane.gpuledger import GpuLedger, GpuView
+from controlplane.harvest import HarvestMeter, cost_tokens
 from controlplane.ledger import AccountView, RateView
 from controlplane.overload import OverloadView
 from controlplane.planner import Planner
@@ -33,6 +34,7 @@ class ControlPlane:
         self._registry = Registry(config, secret)
         self._planner = Planner(config)
         self._gpu = GpuLedger()
+        self._harvest = HarvestMeter()
         self._ticked_at_s: float | None = None
         self._commands: list[Command] = []  # of the event in hand
         self._requests = Requests(config, self._registry, self._planner, self._commands)
@@ -60,7 +62,7 @@ class ControlPlane:
             case domain.Progressed():
                 self._requests.progressed(event)
             case domain.Finished():
-                self._requests.finished(event, now_s)
+                self._on_finished(event, now_s)
             case domain.Stalled():
                 self._requests.mover.stalled(event, now_s)
             case domain.SequenceFailed():
@@ -207,6 +209,7 @@ class ControlPlane:
     ) -> None:
         worker.report(load)
         self._gpu.observe(worker.worker_id, worker.model_id, load.spent, busy_s, now_s)
+        self._harvest.load(worker, load)
         worker.busy_s = busy_s
         self._requests.refile(worker)
         self._planner.observe_load(now_s, worker, load)
@@ -234,6 +237,13 @@ class ControlPlane:
             self._requests.mover.move(tracked, worker.worker_id, why, now_s)
         worker.left()
 
+    def _on_finished(self, event: domain.Finished, now_s: float) -> None:
+        tracked = self._requests.tracked.get(event.request_id)
+        if tracked is not None and tracked.request.slo.is_batch and event.status == "completed":
+            tokens = cost_tokens(tracked.request.prompt_tokens, event.output_tokens)
+            self._harvest.ended(tracked.request.model_id, tokens)
+        self._requests.finished(event, now_s)
+
     # --- time ------------------------------------------------------------------------------------
 
     def _on_tick(self, now_s: float) -> None:
@@ -253,6 +263,9 @@ class ControlPlane:
         self._requests.balance(now_s)
         self._requests.evacuation.step(now_s)
         self._plans.tick(now_s)
+        self._commands += self._harvest.tick(
+            self._registry.workers.values(), self._requests.batch_models_waiting(), now_s
+        )
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Everything that is bounded: how large it is and may be."""

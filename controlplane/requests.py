@@ -121,6 +121,9 @@ class Requests:
             **self._placer.sizes(),
         }
 
+    def batch_models_waiting(self) -> frozenset[str]:
+        return self._room.batch_models()
+
     def waiting_by_class(self) -> tuple[tuple[str, int], ...]:
         return self._room.counts()
 

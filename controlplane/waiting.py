@@ -199,6 +199,11 @@ class WaitingRoom:
             if not queue.is_batch
         }
 
+    def batch_models(self) -> frozenset[str]:
+        """Models of which batch lines wait for a first start."""
+        queues = [queue for queue in self._queues.values() if queue.is_batch]
+        return frozenset(request.model_id for queue in queues for request in queue.requests())
+
     def counts(self) -> tuple[tuple[str, int], ...]:
         """Requests waiting for a first start, by class in order of rank, both tiers together."""
         numbers: dict[tuple[int, str], int] = {}

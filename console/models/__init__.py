@@ -3,7 +3,14 @@
 from console.models.contracts import ContractRow
 from console.models.costs import CostMinute, GpuMinute
 from console.models.files import Batch, BatchLine, File
-from console.models.fleet import Model, PlanOrder, SLOClassRow, Worker, ensure_default_classes
+from console.models.fleet import (
+    CapacityBin,
+    Model,
+    PlanOrder,
+    SLOClassRow,
+    Worker,
+    ensure_default_classes,
+)
 from console.models.idempotency import IdempotencyRecord
 from console.models.requests import PlanRecord, RequestRecord
 from console.models.tenants import ApiKey, ApiToken, Quota, Tenant
@@ -13,6 +20,7 @@ __all__ = [
     "ApiToken",
     "Batch",
     "BatchLine",
+    "CapacityBin",
     "ContractRow",
     "CostMinute",
     "File",

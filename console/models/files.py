@@ -78,6 +78,20 @@ class Batch(models.Model):
     expires_at = models.DateTimeField()
     finalizing_at = models.DateTimeField(null=True)
     ended_at = models.DateTimeField(null=True)
+    is_paused = models.BooleanField(default=False)  # no further line starts
+    # Cost tokens (controlplane.harvest): of one line as estimated at submit, and of what is done.
+    line_tokens = models.FloatField(default=0.0)
+    line_tokens_max = models.FloatField(default=0.0)
+    done_tokens = models.FloatField(default=0.0)
+    # The quote; None when nothing had been measured that it could rest on.
+    expected_s = models.FloatField(null=True)
+    finish_from = models.DateTimeField(null=True)
+    finish_by = models.DateTimeField(null=True)
+    quoted_slack = models.FloatField(null=True)
+    # As tested last, once a minute.
+    slack = models.FloatField(null=True)
+    eta = models.DateTimeField(null=True)
+    level = models.PositiveSmallIntegerField(default=0)
     is_demo_history = models.BooleanField(default=False)
 
     class Meta:
@@ -111,6 +125,7 @@ class BatchLine(models.Model):
     custom_id = models.CharField(max_length=64)
     model_id = models.CharField(max_length=128)
     body = models.JSONField()
+    prefix_key = models.CharField(max_length=64, blank=True)  # lines in this order share prefixes
     status = models.CharField(max_length=16, choices=LINE_STATUSES, default="pending")
     claimed_by = models.CharField(max_length=128, blank=True)
     claimed_until = models.DateTimeField(null=True)

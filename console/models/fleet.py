@@ -198,3 +198,26 @@ class Worker(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class CapacityBin(models.Model):
+    """What the time of a model's workers went into in one quarter of an hour. GPU-seconds.
+
+    Rolled up from `controlplane.harvest`; kept for 28 days, which bounds the rows of a model."""
+
+    model_id = models.CharField(max_length=128)
+    start = models.DateTimeField()
+    seconds = models.FloatField(default=0.0)  # measured
+    worker_s = models.FloatField(default=0.0)
+    member_s = models.FloatField(default=0.0)
+    online_s = models.FloatField(default=0.0)
+    batch_s = models.FloatField(default=0.0)
+    batch_tokens = models.FloatField(default=0.0)
+    backlog_s = models.FloatField(default=0.0)
+
+    class Meta:
+        ordering = ["model_id", "start"]
+        constraints = [models.UniqueConstraint(fields=["model_id", "start"], name="one_bin")]
+
+    def __str__(self) -> str:
+        return f"{self.model_id} {self.start:%Y-%m-%d %H:%M}"

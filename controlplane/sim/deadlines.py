@@ -15,7 +15,7 @@ from itertools import accumulate
 from math import inf, log, pi, sin, sqrt
 
 from controlplane import capacity, certificate
-from controlplane.certificate import Demand, FinishRatios, Forecast
+from controlplane.certificate import Demand, FinishRatios, Forecast, Lines
 from controlplane.escalation import LOOSE_KAPPAS, Escalation
 from controlplane.sim.events import Chance, Events
 
@@ -71,16 +71,11 @@ class Job:
     def demand(self, now_s: float) -> Demand:
         """What is left, as known from the estimate and from the lines that are done."""
         done = self.num_done
-        line_s, bias = self.line_s, BIAS_SD
-        if done:
-            error = LINE_CV / sqrt(done)
-            weight = bias**2 / (bias**2 + error**2)
-            line_s += weight * (self.costs_s[done - 1] / done - line_s)
-            bias = sqrt(1.0 - weight) * bias
-        left = self.num_lines - done
-        mean_s = max(0.0, left * line_s - (self.served_s - (self.costs_s[done - 1] if done else 0)))
-        var_s2 = left * (LINE_CV * line_s) ** 2 + (bias * left * line_s) ** 2
-        return Demand(self.due_s - now_s, mean_s, var_s2)
+        done_s = self.costs_s[done - 1] if done else 0.0
+        lines = Lines(self.num_lines - done, self.line_s, BIAS_SD, LINE_CV, done, done_s)
+        mean_s, var_s2 = lines.left()
+        begun_s = self.served_s - done_s  # of the line in hand
+        return Demand(self.due_s - now_s, max(0.0, mean_s - begun_s), var_s2)
 
 
 @dataclass(slots=True)
