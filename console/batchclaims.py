@@ -54,7 +54,7 @@ def take_round(
     earliest deadline first."""
     _end_pending(Batch.objects.filter(status="cancelling"), "cancelled", now)
     _end_pending(Batch.objects.filter(status="in_progress", expires_at__lte=now), "expired", now)
-    running = Batch.objects.filter(status="in_progress")
+    running = Batch.objects.filter(status="in_progress", is_paused=False)
     claimed: list[ClaimedLine] = []
     for model_id in running.order_by("model_id").values_list("model_id", flat=True).distinct():
         room = lines_max - in_flight.get(model_id, 0)
@@ -79,9 +79,14 @@ def _end_pending(batches: Any, status: str, now: datetime) -> None:
 
 def _claim(model_id: str, room: int, incarnation: str, now: datetime) -> list[ClaimedLine]:
     lines = (
-        BatchLine.objects.filter(status="pending", model_id=model_id, batch__status="in_progress")
+        BatchLine.objects.filter(
+            status="pending",
+            model_id=model_id,
+            batch__status="in_progress",
+            batch__is_paused=False,
+        )
         .select_related("batch__tenant")
-        .order_by("batch__expires_at", "pk")[:room]
+        .order_by("batch__expires_at", "batch_id", "prefix_key", "pk")[:room]
     )
     return [
         ClaimedLine(
@@ -132,6 +137,19 @@ def release_dead(incarnation: str, now: datetime) -> int:
     free = {"status": "pending", "claimed_by": "", "claimed_until": None}
     released = claimed.filter(claimed_by__in=dead).update(**free)
     return released + claimed.filter(claimed_until__lte=now).update(**free)
+
+
+def pause(batch_id: str) -> bool:
+    """Start no further line of a batch; those in hand go on, and its deadline stays. False: it is
+    paused already, has ended or does not exist."""
+    running = Batch.objects.filter(batch_id=batch_id, status="in_progress", is_paused=False)
+    return running.update(is_paused=True, slack=None, eta=None, level=0) == 1
+
+
+def resume(batch_id: str) -> bool:
+    """Go on with a batch that was paused. False: it is not paused."""
+    paused = Batch.objects.filter(batch_id=batch_id, status="in_progress", is_paused=True)
+    return paused.update(is_paused=False) == 1
 
 
 def cancel(batch_id: str, now: datetime) -> bool:

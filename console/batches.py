@@ -17,7 +17,7 @@ from channels.db import database_sync_to_async
 from django.db import DatabaseError
 from django.utils import timezone
 
-from console import batchclaims, batchlines, batchresults
+from console import batchclaims, batchlines, batchresults, quotes
 from console.apierrors import ApiError
 from console.batchclaims import ATTEMPTS_MAX, LEASE, ClaimedLine
 from console.batchlines import Answer, NotNow
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 LINES_MAX = 16  # lines in flight for each model; they wait at the workers, not here
 POLL_S = 1.0  # how soon a batch that another process submitted is noticed
 RENEW_S = LEASE.total_seconds() / 3
+ASSESS_S = 60.0  # between two tests of all promises
 PAUSE_S_MIN = 0.5  # a model that cannot take lines now is asked again after this, then twice it
 PAUSE_S_MAX = 10.0
 WRITE_RETRY_S = 0.5
@@ -63,6 +64,7 @@ class BatchFeeder:
         self._pause_s: dict[str, float] = {}  # by model; bounded by the models of open batches
         self._paused_until_s: dict[str, float] = {}
         self._renew_at_s = 0.0
+        self._assess_at_s = 0.0
         self._wake = asyncio.Event()
         self._cancelling: frozenset[int] = frozenset()
         self._is_held = False
@@ -109,6 +111,9 @@ class BatchFeeder:
             if released:
                 logger.info("released lines=%d of ended runs", released)
             self._renew_at_s = now_s + RENEW_S
+        if now_s >= self._assess_at_s:
+            self._assess_at_s = now_s + ASSESS_S
+            await self._writer.call(quotes.assess, now)
         in_flight = Counter(line.model_id for line in self._lines.values())
         paused = [model for model, until_s in self._paused_until_s.items() if now_s < until_s]
         lines_max = 0 if self._is_held else self._lines_max
@@ -177,6 +182,7 @@ class BatchFeeder:
                 request_id=answer.request_id,
                 response=answer.response,
                 error=answer.error,
+                cost_tokens=answer.cost_tokens,
                 ended_at=timezone.now(),
             )
         while True:

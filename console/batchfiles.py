@@ -162,6 +162,22 @@ def submit(
     return batch
 
 
+def quote_file(
+    path: Path, window: str, now: datetime, model_ids: Iterable[str]
+) -> Quote | Invalid | None:
+    """What `submit` would promise; nothing is kept. None while nothing has been measured."""
+    length = window_of(window)
+    assert length is not None, window
+    try:
+        summary = validate(path, frozenset(model_ids))
+    except OSError as error:
+        return Invalid((LineError("file_unreadable", f"{path}: {error.strerror}"),))
+    if isinstance(summary, Invalid):
+        return summary
+    work = work_of(summary.sizes, summary.model_id)
+    return quote_work(summary.model_id, work, length.total_seconds(), now)
+
+
 def _create(
     tenant: Tenant,
     filename: str,

@@ -16,6 +16,7 @@ from console.snapshot import Snapshot
 from console.sse import Envelope, GenerateEndpoint, body_json
 from console.tokens import Tokenizers
 from controlplane.errors import ConfigError
+from controlplane.harvest import cost_tokens
 
 CHAT_URL = "/v1/chat/completions"
 STATUS_TRANSIENT = (429, 500, 502, 503, 504)  # another try later can help
@@ -29,6 +30,7 @@ class Answer:
     request_id: str
     response: dict[str, Any] | None
     error: dict[str, Any] | None
+    cost_tokens: float = 0.0  # controlplane.harvest
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def of_outcome(line: ClaimedLine, shape: Shape, outcome: Completion | Refusal) -
         "request_id": outcome.request_id,
         "body": body_json(envelope, [outcome], shape),
     }
-    return Answer("completed", outcome.request_id, response, None)
+    tokens = cost_tokens(outcome.usage.prompt_tokens, outcome.usage.output_tokens)
+    return Answer("completed", outcome.request_id, response, None, tokens)
 
 
 def of_error(error: ApiError) -> Answer | NotNow:

@@ -41,6 +41,8 @@ class HarvestMeter:
         """A worker has said how it spent its time since its last report."""
         if not isfinite(load.online_s + load.batch_s) or min(load.online_s, load.batch_s) < 0.0:
             return  # numbers that cannot be
+        if not worker.model_id:
+            return
         sums = self._of(worker.model_id)
         sums.online_s += load.online_s
         sums.batch_s += load.batch_s
@@ -58,6 +60,8 @@ class HarvestMeter:
             self._since_s = self._ticked_at_s = now_s
         passed_s, self._ticked_at_s = now_s - self._ticked_at_s, now_s
         for worker in workers:
+            if not worker.model_id:
+                continue
             sums = self._of(worker.model_id)
             sums.member_s += passed_s
             sums.worker_s += passed_s if worker.status == "live" else 0.0

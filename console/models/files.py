@@ -161,9 +161,14 @@ class BatchLine(models.Model):
         return claimed == 1
 
     @classmethod
-    def finish(cls, pk: int, incarnation: str, status: str, **values: Any) -> bool:
-        """End a line that this incarnation holds; False: it was released or cancelled meanwhile."""
+    def finish(
+        cls, pk: int, incarnation: str, status: str, cost_tokens: float = 0.0, **values: Any
+    ) -> bool:
+        """End a line that this incarnation holds; False: it was released or cancelled meanwhile.
+        What it cost is added to its batch."""
         ended = cls.objects.filter(pk=pk, status="claimed", claimed_by=incarnation).update(
             status=status, claimed_by="", claimed_until=None, **values
         )
+        if ended and cost_tokens:
+            Batch.objects.filter(lines=pk).update(done_tokens=F("done_tokens") + cost_tokens)
         return ended == 1

@@ -1,4 +1,4 @@
-"""Batches: progress of each, and the lines of one."""
+"""Batches: progress of each, what was promised, the lines of one; pause, resume and cancel."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from console import batchclaims
 from console.auth import operator_required
 from console.models import Batch, BatchLine
 from console.models.files import BATCH_ENDED, LINE_ENDED
+from controlplane.escalation import LEVEL_NAMES
 
 BATCHES_SHOWN = 50
 LINES_SHOWN = 100
@@ -61,6 +62,30 @@ def detail(request: HttpRequest, batch_id: str) -> HttpResponse:
 
 @operator_required
 @require_POST
+def pause(request: HttpRequest, batch_id: str) -> HttpResponse:
+    """Start no further line; those in hand end, and the deadline stays."""
+    get_object_or_404(Batch, batch_id=batch_id)
+    if batchclaims.pause(batch_id):
+        messages.success(request, f"{batch_id} is paused; its deadline stays.")
+    else:
+        messages.error(request, f"{batch_id} is paused already or has ended.")
+    return _back(request, batch_id)
+
+
+@operator_required
+@require_POST
+def resume(request: HttpRequest, batch_id: str) -> HttpResponse:
+    """Go on with a paused batch."""
+    get_object_or_404(Batch, batch_id=batch_id)
+    if batchclaims.resume(batch_id):
+        messages.success(request, f"{batch_id} goes on.")
+    else:
+        messages.error(request, f"{batch_id} is not paused.")
+    return _back(request, batch_id)
+
+
+@operator_required
+@require_POST
 def cancel(request: HttpRequest, batch_id: str) -> HttpResponse:
     """Stop a batch: its open lines end as cancelled; results so far are kept."""
     get_object_or_404(Batch, batch_id=batch_id)
@@ -68,6 +93,13 @@ def cancel(request: HttpRequest, batch_id: str) -> HttpResponse:
         messages.success(request, f"{batch_id} is being cancelled; finished lines are kept.")
     else:
         messages.error(request, f"{batch_id} has ended or is being cancelled already.")
+    return _back(request, batch_id)
+
+
+def _back(request: HttpRequest, batch_id: str) -> HttpResponse:
+    """To the page whose button it was."""
+    if request.POST.get("from") == "list":
+        return redirect("pages:batches")
     return redirect("pages:batch", batch_id=batch_id)
 
 
@@ -82,7 +114,7 @@ def with_progress(found: QuerySet[Batch]) -> list[dict[str, Any]]:
 
 
 def progress(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
-    """Shares of the bar, time left, and the finish that the pace so far would give.
+    """Shares of the bar, and time left: as the certificate expects it, or else by the pace so far.
 
     `counts` has the number of lines in each state; a state without lines may be absent."""
     now = timezone.now()
@@ -92,7 +124,9 @@ def progress(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
     num_ended = sum(counts.get(status, 0) for status in LINE_ENDED)
     elapsed_s = ((batch.ended_at or now) - batch.created_at).total_seconds()
     left_s = None
-    if not is_ended and num_ended and elapsed_s > 0:
+    if not is_ended and batch.eta is not None:
+        left_s = max(0.0, (batch.eta - now).total_seconds())
+    elif not is_ended and num_ended and elapsed_s > 0 and not batch.is_paused:
         left_s = (batch.num_lines - num_ended) * elapsed_s / num_ended
     deadline_s = (batch.expires_at - now).total_seconds()
     return {
@@ -107,6 +141,22 @@ def progress(batch: Batch, counts: dict[str, int]) -> dict[str, Any]:
         "left_s": left_s,
         "deadline_s": None if is_ended else max(deadline_s, 0.0),
         "is_late": left_s is not None and left_s > deadline_s,
+        "is_open": batch.status == "in_progress",
+        "level": LEVEL_NAMES[batch.level],
+        "slack": None if batch.slack is None or is_ended else f"{batch.slack:.2f}",
+        "is_short": batch.slack is not None and batch.slack < 0.0,
+        "quote": quote_of(batch),
+    }
+
+
+def quote_of(batch: Batch) -> dict[str, Any] | None:
+    """What was promised at submit, in seconds from then; None when nothing had been measured."""
+    if batch.finish_from is None or batch.finish_by is None:
+        return None
+    return {
+        "from_s": (batch.finish_from - batch.created_at).total_seconds(),
+        "by_s": (batch.finish_by - batch.created_at).total_seconds(),
+        "slack": f"{batch.quoted_slack:.2f}",
     }
 
 

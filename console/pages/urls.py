@@ -20,5 +20,7 @@ urlpatterns = [
     path("playground/key/", playground.key, name="playground_key"),
     path("batches/", batches.batches, name="batches"),
     path("batches/<str:batch_id>/", batches.detail, name="batch"),
+    path("batches/<str:batch_id>/pause/", batches.pause, name="batch_pause"),
+    path("batches/<str:batch_id>/resume/", batches.resume, name="batch_resume"),
     path("batches/<str:batch_id>/cancel/", batches.cancel, name="batch_cancel"),
 ]

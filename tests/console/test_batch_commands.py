@@ -13,6 +13,7 @@ from django.utils import timezone
 
 from console import batchresults
 from console.auth import find_operator_token
+from console.batchtexts import NOTHING_MEASURED
 from console.models import (
     ApiToken,
     Batch,
@@ -67,7 +68,7 @@ def test_a_job_is_submitted_watched_and_fetched(jobs: Path, tmp_path: Path) -> N
     code, out, _ = run("batch", "submit", jobs)
     batch = Batch.objects.get()
     line = f"{batch.batch_id}  in_progress  0/2 done  0 failed  0 in flight\n"
-    assert (code, out) == (0, line)
+    assert (code, out) == (0, f"{line}{NOTHING_MEASURED}\n")
     assert run("batch", "status", batch.batch_id)[:2] == (0, line)
     output = tmp_path / "out.jsonl"
     assert run("batch", "fetch", batch.batch_id, "-o", output)[0] == 1
@@ -176,7 +177,7 @@ def test_waiting_ends_with_the_job(jobs: Path, monkeypatch: pytest.MonkeyPatch) 
     lines = out.splitlines()
     assert code == 0
     assert lines[0].endswith("2 lines")
-    assert "0/2 done" in lines[1]
+    assert lines[1] == NOTHING_MEASURED and "0/2 done" in lines[2]
     assert "2/2 done" in lines[-1]
 
 

@@ -9,7 +9,7 @@ import pytest
 from django.utils import timezone
 
 from console import batchfiles
-from console.batchfiles import Invalid, Line, LineError, Summary, parse_line, validate
+from console.batchfiles import Invalid, Line, LineError, Summary, parse_line, prompt_of, validate
 from console.batchresults import assemble, result_line, stored_path, write_whole
 from console.models import Batch, BatchLine, File
 from tests.console import rows
@@ -78,7 +78,8 @@ def file_of(tmp_path: Path, *lines: bytes) -> Path:
 
 def test_a_file_is_summed_up(tmp_path: Path) -> None:
     path = file_of(tmp_path, raw(), b"", b"  ", raw(custom_id="b"))
-    assert validate(path, KNOWN) == Summary("/v1/chat/completions", "tiny", 2)
+    size = (len(prompt_of(json.loads(raw())["body"])), 4)
+    assert validate(path, KNOWN) == Summary("/v1/chat/completions", "tiny", 2, (size, size))
 
 
 def codes(found: Summary | Invalid) -> list[tuple[str, int | None]]:
@@ -110,7 +111,8 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_the_limits_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batchfiles, "LINES_MAX", 3)
     fits = file_of(tmp_path, *(raw(custom_id=f"c{i}") for i in range(3)))
-    assert validate(fits, KNOWN) == Summary("/v1/chat/completions", "tiny", 3)
+    summary = validate(fits, KNOWN)
+    assert isinstance(summary, Summary) and summary.num_lines == len(summary.sizes) == 3
     over = file_of(tmp_path, *(raw(custom_id=f"c{i}") for i in range(4)))
     assert codes(validate(over, KNOWN)) == [("too_many_lines", None)]
     monkeypatch.setattr(batchfiles, "ERRORS_MAX", 2)
