@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('console', '0007_gpu_costs'),
+        ('console', '0008_key_rights'),
     ]
 
     operations = [
