@@ -152,11 +152,29 @@ def resume(batch_id: str) -> bool:
     return paused.update(is_paused=False) == 1
 
 
+def retry_failed(batch_id: str, now: datetime) -> int:
+    """Run the failed lines of a batch again, of one that has ended too while its window is open:
+    it goes on until they have ended, and its files are written anew. Gives their number."""
+    batch = Batch.objects.filter(batch_id=batch_id, expires_at__gt=now).first()
+    if batch is None:
+        return 0
+    again = batch.lines.filter(status="failed").update(
+        status="pending", attempts=0, request_id="", response=None, error=None, ended_at=None
+    )
+    if again:
+        Batch.move(batch.pk, ("completed", "finalizing"), "in_progress", ended_at=None)
+    return again
+
+
 def cancel(batch_id: str, now: datetime) -> bool:
     """Ask for the end of a batch; lines in hand stop, the others never start. False: it has ended
     or does not exist."""
     batch = Batch.objects.filter(batch_id=batch_id).first()
-    if batch is None or not Batch.move(batch.pk, ("in_progress",), "cancelling"):
+    if batch is None:
+        return False
+    if Batch.move(batch.pk, ("validating",), "cancelled", cancelling_at=now, ended_at=now):
+        return True
+    if not Batch.move(batch.pk, ("in_progress",), "cancelling", cancelling_at=now):
         return False
     _end_pending(Batch.objects.filter(pk=batch.pk), "cancelled", now)
     return True

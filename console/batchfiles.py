@@ -1,82 +1,46 @@
-"""Submitted batch files: every line is checked before the first is stored.
+"""Batches from their file: kept, checked apart, promised, and their lines stored.
 
-Lines have OpenAI's batch format. Limits: reliability.md §4 and OpenAI's own (50,000 lines, 200 MB).
+A batch is made with status `validating` and filled afterwards: at once by a command, by a task for
+`POST /v1/batches`. Filling is safe to repeat: a repetition first removes what an earlier one left.
 """
 
-import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 
-from console.apierrors import ApiError
+from console.batchcheck import (
+    CPU_S_MAX,
+    FILE_BYTES_MAX,
+    Invalid,
+    LineError,
+    Summary,
+    prefix_key,
+    valid_lines,
+)
 from console.batchresults import stored_path, write_whole
-from console.caps import load_json, quote
 from console.models import Batch, BatchLine, File, Tenant
 from console.models.files import BATCH_ENDED
 from console.quotes import SLACK_MAX, Quote, Work, work_of
 from console.quotes import quote as quote_work
 from controlplane.certificate import Admitted, Refused
 
-FILE_BYTES_MAX = 200 * 1000 * 1000
-LINE_BYTES_MAX = 1 << 20
-LINES_MAX = 50_000
-CUSTOM_ID_CHARS_MAX = 64
 OPEN_BATCHES_MAX = 64  # of one tenant; together they bound the rows that wait
-ERRORS_MAX = 100  # mistakes listed for one file
 INSERT_ROWS = 500
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+CHECK_S_MAX = 2.0 * CPU_S_MAX  # wall time of a check on a busy machine
 WINDOW_MIN, WINDOW_MAX = timedelta(minutes=1), timedelta(days=7)
 _WINDOW = re.compile(r"^([1-9][0-9]{0,5})([smhd])\Z")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-PREFIX_BYTES, PREFIX_BLOCKS = 256, 16  # of a prompt, that lines are ordered by
-_LINE_KEYS = {"custom_id", "method", "url", "body"}
-
-
-@dataclass(frozen=True, slots=True)
-class LineError:
-    """A mistake in a submitted file; `line` counts from 1, None means the file as a whole."""
-
-    code: str
-    message: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.message if self.line is None else f"line {self.line}: {self.message}"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A valid line."""
-
-    custom_id: str
-    url: str
-    model_id: str
-    body: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A valid file: what all its lines have in common, and how many there are."""
-
-    url: str
-    model_id: str
-    num_lines: int
-    sizes: tuple[tuple[int, int | None], ...]  # (prompt bytes, output limit) of each line
-
-
-@dataclass(frozen=True, slots=True)
-class Invalid:
-    """A file that is not accepted, with its first mistakes."""
-
-    errors: tuple[LineError, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,49 +81,163 @@ def in_words(seconds: float) -> str:
 def submit(
     tenant: Tenant, path: Path, window: str, now: datetime, model_ids: Iterable[str]
 ) -> Batch | Invalid | Infeasible:
-    """Keep a copy of the file, check the copy, promise its window and store its lines, all or
-    nothing. While nothing has been measured a batch is taken without a promise."""
-    length = window_of(window)
-    assert length is not None, window
-    if tenant.batches.exclude(status__in=BATCH_ENDED).count() >= OPEN_BATCHES_MAX:
-        message = f"{tenant.slug} has {OPEN_BATCHES_MAX} open batches already"
-        return Invalid((LineError("too_many_batches", message),))
-    file_id = f"file-{secrets.token_hex(12)}"
-    stored = stored_path(tenant.slug, file_id)
+    """Keep a copy of a file on this machine, make its batch and fill it; what is not accepted
+    leaves nothing behind. While nothing has been measured a batch is taken without a promise."""
+    if (error := too_many(tenant)) is not None:
+        return Invalid((error,))
+    file = _keep_copy(tenant, path, now)
+    if isinstance(file, LineError):
+        return Invalid((file,))
+    batch = create(tenant, file, "", window, now)
+    outcome = fill(batch, now, model_ids)
+    if not isinstance(outcome, Batch):
+        batch.delete()
+        file.forget()
+    return outcome
+
+
+def too_many(tenant: Tenant) -> LineError | None:
+    if tenant.batches.exclude(status__in=BATCH_ENDED).count() < OPEN_BATCHES_MAX:
+        return None
+    message = f"{tenant.slug} has {OPEN_BATCHES_MAX} open batches already"
+    return LineError("too_many_batches", message)
+
+
+def _keep_copy(tenant: Tenant, path: Path, now: datetime) -> File | LineError:
+    stored = stored_path(tenant.slug, f"file-{secrets.token_hex(12)}")
     try:
         if path.stat().st_size > FILE_BYTES_MAX:
-            return Invalid((LineError("file_too_large", f"more than {FILE_BYTES_MAX} bytes"),))
+            return LineError("file_too_large", f"more than {FILE_BYTES_MAX} bytes")
         with path.open("rb") as source:
             num_bytes = write_whole(stored, iter(lambda: source.read(1 << 20), b""))
     except OSError as error:
-        return Invalid((LineError("file_unreadable", f"{path}: {error.strerror}"),))
-    known = frozenset(model_ids)
-    summary = validate(stored, known)
+        return LineError("file_unreadable", f"{path}: {error.strerror}")
+    return File.objects.create(
+        file_id=stored.stem,
+        tenant=tenant,
+        filename=path.name[:255],
+        purpose="batch",
+        path=str(stored),
+        num_bytes=num_bytes,
+        created_at=now,
+    )
+
+
+def create(
+    tenant: Tenant,
+    file: File,
+    endpoint: str,
+    window: str,
+    now: datetime,
+    metadata: dict[str, str] | None = None,
+    output_kept: timedelta | None = None,
+) -> Batch:
+    """A batch whose lines are yet to be read; an empty endpoint takes that of the first line."""
+    length = window_of(window)
+    assert length is not None, window
+    return Batch.objects.create(
+        batch_id=f"batch_{secrets.token_hex(12)}",
+        tenant=tenant,
+        input_file=file,
+        endpoint=endpoint,
+        model_id="",
+        completion_window=window,
+        status="validating",
+        num_lines=0,
+        metadata=metadata or {},
+        output_kept=output_kept,
+        created_at=now,
+        expires_at=now + length,
+    )
+
+
+def fill(batch: Batch, now: datetime, model_ids: Iterable[str]) -> Batch | Invalid | Infeasible:
+    """Check the file, store its lines, promise the window, and start. `now` is the time of the
+    promise. The caller ends a batch that is not accepted (see `refuse`)."""
+    assert batch.status == "validating" and batch.input_file is not None, batch
+    path, known = Path(batch.input_file.path), frozenset(model_ids)
+    summary = check_apart(path, known)
+    if isinstance(summary, Summary) and batch.endpoint not in ("", summary.url):
+        message = f"the lines' url is {summary.url}, the batch's endpoint {batch.endpoint}"
+        summary = Invalid((LineError("mismatched_url", message, 1),))
     if isinstance(summary, Invalid):
-        stored.unlink()
         return summary
+    _store_lines(batch, path, known)
     with transaction.atomic():  # one at a time: two files may not be promised the same capacity
         work = work_of(summary.sizes, summary.model_id)
-        quoted = quote_work(summary.model_id, work, length.total_seconds(), now)
+        left_s = (batch.expires_at - now).total_seconds()
+        quoted = quote_work(summary.model_id, work, left_s, now)
         if quoted is not None and isinstance(quoted.outcome, Refused):
-            stored.unlink()
+            batch.lines.all().delete()
             return Infeasible(quoted)
-        values = _quoted(work, quoted, now)
-        batch = _create(tenant, path.name, stored, num_bytes, summary, window, now, values)
-        rows = (
-            BatchLine(
-                batch=batch,
-                line_index=index,
-                custom_id=line.custom_id,
-                model_id=line.model_id,
-                body=line.body,
-                prefix_key=prefix_key(line.body),
-            )
-            for index, line in enumerate(_valid_lines(stored, known))
+        started = Batch.move(
+            batch.pk,
+            ("validating",),
+            "in_progress",
+            endpoint=summary.url,
+            model_id=summary.model_id,
+            num_lines=summary.num_lines,
+            in_progress_at=now,
+            **_quoted(work, quoted, now),
         )
-        while part := list(islice(rows, INSERT_ROWS)):
-            BatchLine.objects.bulk_create(part)
+    if not started:  # cancelled meanwhile
+        batch.lines.all().delete()
+    batch.refresh_from_db()
     return batch
+
+
+def refuse(batch: Batch, outcome: Invalid | Infeasible, now: datetime) -> None:
+    """End a batch that was not accepted, with the mistakes of its file."""
+    if isinstance(outcome, Infeasible):
+        errors = [LineError("window_infeasible", f"{batch.completion_window}: it {outcome}")]
+    else:
+        errors = list(outcome.errors)
+    rows = [asdict(error) for error in errors]
+    Batch.move(batch.pk, ("validating",), "failed", errors=rows, ended_at=now)
+
+
+def _store_lines(batch: Batch, path: Path, known: frozenset[str]) -> None:
+    """In pieces, so that nobody who writes waits for all of them."""
+    batch.lines.all().delete()
+    rows = (
+        BatchLine(
+            batch=batch,
+            line_index=index,
+            custom_id=line.custom_id,
+            model_id=line.model_id,
+            body=line.body,
+            prefix_key=prefix_key(line.body),
+        )
+        for index, line in enumerate(valid_lines(path, known))
+    )
+    while part := list(islice(rows, INSERT_ROWS)):
+        BatchLine.objects.bulk_create(part)
+
+
+def check_apart(path: Path, model_ids: Iterable[str]) -> Summary | Invalid:
+    """`batchcheck.validate` in a process with limits: a hostile file costs that process only."""
+    if not path.is_file():
+        return Invalid((LineError("file_unreadable", f"{path.name} is not there"),))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "console.batchcheck", str(path)],
+            cwd=settings.BASE_DIR,
+            input=json.dumps(sorted(model_ids)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=CHECK_S_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Invalid((LineError("file_too_complex", "checking it took too long"),))
+    if done.returncode != 0:
+        return Invalid((LineError("file_too_complex", "checking it took too much memory or time"),))
+    found = json.loads(done.stdout)
+    if "errors" in found:
+        return Invalid(tuple(LineError(**error) for error in found["errors"]))
+    sizes = tuple((size, limit) for size, limit in found.pop("sizes"))
+    return Summary(**found, sizes=sizes)
 
 
 def quote_file(
@@ -168,49 +246,11 @@ def quote_file(
     """What `submit` would promise; nothing is kept. None while nothing has been measured."""
     length = window_of(window)
     assert length is not None, window
-    try:
-        summary = validate(path, frozenset(model_ids))
-    except OSError as error:
-        return Invalid((LineError("file_unreadable", f"{path}: {error.strerror}"),))
+    summary = check_apart(path, model_ids)
     if isinstance(summary, Invalid):
         return summary
     work = work_of(summary.sizes, summary.model_id)
     return quote_work(summary.model_id, work, length.total_seconds(), now)
-
-
-def _create(
-    tenant: Tenant,
-    filename: str,
-    stored: Path,
-    num_bytes: int,
-    summary: Summary,
-    window: str,
-    now: datetime,
-    values: dict[str, Any],
-) -> Batch:
-    length = window_of(window)
-    assert length is not None, window
-    input_file = File.objects.create(
-        file_id=stored.stem,
-        tenant=tenant,
-        filename=filename[:255],
-        purpose="batch",
-        path=str(stored),
-        num_bytes=num_bytes,
-        created_at=now,
-    )
-    return Batch.objects.create(
-        batch_id=f"batch_{secrets.token_hex(12)}",
-        tenant=tenant,
-        input_file=input_file,
-        endpoint=summary.url,
-        model_id=summary.model_id,
-        completion_window=window,
-        num_lines=summary.num_lines,
-        created_at=now,
-        expires_at=now + length,
-        **values,
-    )
 
 
 def _quoted(work: Work, quoted: Quote | None, now: datetime) -> dict[str, Any]:
@@ -230,112 +270,3 @@ def _quoted(work: Work, quoted: Quote | None, now: datetime) -> dict[str, Any]:
             "slack": slack,
         }
     return values
-
-
-def prompt_of(body: dict[str, Any]) -> bytes:
-    """What a line begins with, byte for byte, for its size and its place beside others."""
-    return json.dumps(body.get("messages", body.get("prompt")), ensure_ascii=False).encode()
-
-
-def prefix_key(body: dict[str, Any]) -> str:
-    """Sorting by it walks the tree of common prefixes depth first: four digits of a chained hash
-    for each leading block of the prompt."""
-    prompt, digits, chain = prompt_of(body), "", b""
-    for start in range(0, PREFIX_BLOCKS * PREFIX_BYTES, PREFIX_BYTES):
-        if start >= len(prompt):
-            break
-        chain = hashlib.sha256(chain + prompt[start : start + PREFIX_BYTES]).digest()
-        digits += chain.hex()[:4]
-    return digits
-
-
-def _output_limit(body: dict[str, Any]) -> int | None:
-    limit = body.get("max_completion_tokens", body.get("max_tokens"))
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def validate(path: Path, model_ids: frozenset[str]) -> Summary | Invalid:
-    """What a file holds, or what is wrong with it. One endpoint and one model per file; memory is
-    bounded by one line and all custom ids."""
-    errors: list[LineError] = []
-    seen: set[str] = set()
-    first: Line | None = None
-    sizes: list[tuple[int, int | None]] = []
-    for number, raw in _raw_lines(path):
-        if number > LINES_MAX:
-            errors.append(LineError("too_many_lines", f"more than {LINES_MAX} lines"))
-            break
-        line = parse_line(raw, number, model_ids)
-        if isinstance(line, Line):
-            line = _check_against(line, number, seen, first)
-        if isinstance(line, Line):
-            seen.add(line.custom_id)
-            sizes.append((len(prompt_of(line.body)), _output_limit(line.body)))
-            first = first or line
-            continue
-        errors.append(line)
-        if line.code == "line_too_long" or len(errors) >= ERRORS_MAX:
-            break
-    if errors:
-        return Invalid(tuple(errors))
-    if first is None:
-        return Invalid((LineError("empty_file", "no request in this file"),))
-    return Summary(first.url, first.model_id, len(seen), tuple(sizes))
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of each line that is not blank, cut one byte above LINE_BYTES_MAX."""
-    with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(LINE_BYTES_MAX + 1):
-            number += 1
-            if raw.strip():
-                yield number, raw
-
-
-def _valid_lines(path: Path, model_ids: frozenset[str]) -> Iterator[Line]:
-    """The lines of a file that `validate` has accepted."""
-    for number, raw in _raw_lines(path):
-        line = parse_line(raw, number, model_ids)
-        assert isinstance(line, Line), f"{path} line {number} changed after it was checked"
-        yield line
-
-
-def parse_line(raw: bytes, number: int, model_ids: frozenset[str]) -> Line | LineError:
-    """One line on its own; its body is read as strictly as a body of `/v1`."""
-    if len(raw) > LINE_BYTES_MAX:
-        return LineError("line_too_long", f"more than {LINE_BYTES_MAX} bytes", number)
-    row = load_json(raw)
-    if isinstance(row, ApiError):
-        return LineError("invalid_json", row.message, number)
-    unknown = sorted(set(row) - _LINE_KEYS)
-    if unknown:
-        return LineError("unknown_field", f"unknown field {quote(unknown[0])}", number)
-    custom_id, body = row.get("custom_id"), row.get("body")
-    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= CUSTOM_ID_CHARS_MAX:
-        message = f"custom_id must be a string of 1 to {CUSTOM_ID_CHARS_MAX} characters"
-        return LineError("invalid_custom_id", message, number)
-    if row.get("method") != "POST":
-        return LineError("invalid_method", "method must be POST", number)
-    if row.get("url") not in ENDPOINTS:
-        return LineError("invalid_url", f"url must be one of {', '.join(ENDPOINTS)}", number)
-    if not isinstance(body, dict):
-        return LineError("invalid_body", "body must be an object", number)
-    model_id = body.get("model")
-    if not isinstance(model_id, str) or model_id not in model_ids:
-        return LineError("model_not_found", f"no model {quote(str(model_id))}", number)
-    if body.get("stream"):
-        return LineError("invalid_body", "batch lines cannot stream", number)
-    return Line(custom_id, row["url"], model_id, body)
-
-
-def _check_against(line: Line, number: int, seen: set[str], first: Line | None) -> Line | LineError:
-    """What a line may not be beside the others."""
-    if line.custom_id in seen:
-        return LineError("duplicate_custom_id", f"custom_id {quote(line.custom_id)} again", number)
-    if first is not None and line.url != first.url:
-        return LineError("mismatched_url", f"url differs from the first line's {first.url}", number)
-    if first is not None and line.model_id != first.model_id:
-        message = f"model differs from the first line's {first.model_id}"
-        return LineError("mismatched_model", message, number)
-    return line

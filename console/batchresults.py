@@ -77,7 +77,7 @@ def _result_file(batch: Batch, kind: str, statuses: tuple[str, ...], now: dateti
     file_id = f"file-{batch.batch_id.removeprefix('batch_')}-{kind}"
     path = stored_path(batch.tenant.slug, file_id)
     num_bytes = write_whole(path, (result_line(line) for line in lines.iterator(READ_ROWS)))
-    file, _ = File.objects.get_or_create(
+    file, _ = File.objects.update_or_create(  # again after a retry of its failed lines
         file_id=file_id,
         defaults={
             "tenant": batch.tenant,
@@ -86,6 +86,7 @@ def _result_file(batch: Batch, kind: str, statuses: tuple[str, ...], now: dateti
             "path": str(path),
             "num_bytes": num_bytes,
             "created_at": now,
+            "expires_at": None if batch.output_kept is None else now + batch.output_kept,
         },
     )
     return file

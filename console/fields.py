@@ -66,6 +66,10 @@ class Fields:
             refuse(f"{name} must be true or false.", name)
         return bool(value)
 
+    def check_metadata(self, value: Any) -> None:
+        """OpenAI's limits for `metadata`."""
+        _check_labels(None, value)
+
     def end(self) -> None:
         """Drop what has no effect here, refuse what would have one."""
         _check_labels(self.take("user"), self.take("metadata"))

@@ -41,6 +41,10 @@ STREAM_OPTIONS: Mapping[str, Parameter] = _used("include_usage", "include_obfusc
 NAMED_SCHEMA: Mapping[str, Parameter] = _used("name", "schema", "strict", "description")
 FUNCTION: Mapping[str, Parameter] = _used("name", "description", "parameters", "strict")
 
+BATCHES: Mapping[str, Parameter] = _used(
+    "input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"
+)
+
 CHAT: Mapping[str, Parameter] = (
     _SAMPLING
     | _LABELS

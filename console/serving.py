@@ -182,6 +182,8 @@ class Serving:
         await state.workers.stop(WORKERS_GRACE_S)
         state.fleet.close_links()
         state.tokenizers.grammars.close()
+        if state.side_work is not None:
+            await asyncio.to_thread(state.side_work.stop)
         supervisor.cancel()
         await asyncio.gather(supervisor, return_exceptions=True)
         state.close_costs()

@@ -122,6 +122,18 @@ def _database() -> dict[str, Any]:
 DATABASES = {"default": _database()}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
+MEMORY_BROKER = "memory://"
+# Side work. Without Redis the broker is this process's memory and `serve` runs the consumer; the
+# polling interval is a quarter of what a person notices (one task then takes 20 ms, not a second).
+CELERY_BROKER_URL = ENV.redis_url or MEMORY_BROKER
+CELERY_BROKER_TRANSPORT_OPTIONS = {"polling_interval": 0.02}
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_BEAT_SCHEDULE = {"sweep": {"task": "console.tasks.sweep", "schedule": 60.0}}
+
 CHANNEL_LAYERS: dict[str, Any] = {
     "default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}
     if ENV.redis_url is None

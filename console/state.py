@@ -21,6 +21,7 @@ from console.hostload import HostMeter
 from console.live import LiveStats
 from console.metrics import Metrics
 from console.running import RunningRequests
+from console.sidework import SideWork
 from console.snapshot import SnapshotKeeper
 from console.tokens import Tokenizers
 from console.workerprocs import WorkerProcs
@@ -52,6 +53,7 @@ class ServerState:
     started_at_s: float  # on the fleet's clock
     costs: CostBook | None = None
     host: HostMeter | None = None
+    side_work: SideWork | None = None  # None where Celery runs elsewhere
     lag_s: float = 0.0  # of the control loop's last turn
     contracts: ContractFeed = field(default_factory=ContractFeed)
     running: RunningRequests = field(default_factory=RunningRequests)

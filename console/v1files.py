@@ -21,7 +21,7 @@ from django.http.request import RawPostDataException
 from django.utils import timezone
 
 from console.apierrors import ApiError, invalid
-from console.batchfiles import FILE_BYTES_MAX
+from console.batchcheck import FILE_BYTES_MAX
 from console.batchresults import stored_path, write_whole
 from console.daphneserver import UPLOAD_EXTENSION
 from console.exchange import Exchange

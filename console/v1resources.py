@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
-from console import v1files
+from console import v1batches, v1files
 from console.apierrors import ApiError, insufficient_scope, invalid
 from console.exchange import Exchange
 from console.snapshot import KeyFacts
@@ -42,11 +42,39 @@ async def _content(
     return await v1files.content(exchange, key.tenant_id, file_id)
 
 
+async def _batches(exchange: Exchange, services: Any, key: KeyFacts) -> ApiError | None:
+    if exchange.scope["method"] == "POST":
+        return await v1batches.create(exchange, services.writer, key.tenant_id)
+    query = read_query(exchange)
+    if isinstance(query, ApiError):
+        return query
+    return await v1batches.listing(exchange, key.tenant_id, query)
+
+
+async def _batch(
+    exchange: Exchange, services: Any, key: KeyFacts, batch_id: str
+) -> ApiError | None:
+    del services
+    return await v1batches.retrieve(exchange, key.tenant_id, batch_id)
+
+
+async def _act_on_batch(
+    exchange: Exchange, services: Any, key: KeyFacts, batch_id: str, action: str
+) -> ApiError | None:
+    return await v1batches.act(exchange, services.writer, key.tenant_id, batch_id, action)
+
+
 _ID = r"([A-Za-z0-9_-]{1,64})"
 ROUTES: tuple[tuple[re.Pattern[str], tuple[str, ...], Handler], ...] = (
     (re.compile(r"/v1/files"), ("GET", "POST"), _files),
     (re.compile(rf"/v1/files/{_ID}"), ("GET", "DELETE"), _file),
     (re.compile(rf"/v1/files/{_ID}/content"), ("GET",), _content),
+    (re.compile(r"/v1/batches"), ("GET", "POST"), _batches),
+    (re.compile(rf"/v1/batches/{_ID}"), ("GET",), _batch),
+    *(
+        (re.compile(rf"/v1/batches/{_ID}/({action})"), ("POST",), _act_on_batch)
+        for action in v1batches.ACTIONS
+    ),
 )
 
 

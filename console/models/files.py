@@ -76,6 +76,11 @@ class Batch(models.Model):
     metadata = models.JSONField(default=dict)
     created_at = models.DateTimeField()
     expires_at = models.DateTimeField()
+    errors = models.JSONField(default=list)  # mistakes of the file: {code, message, line}
+    output_kept = models.DurationField(null=True)  # of output and error file; None: as others
+    checked_by = models.CharField(max_length=128, blank=True)  # incarnation that reads the file
+    in_progress_at = models.DateTimeField(null=True)
+    cancelling_at = models.DateTimeField(null=True)
     finalizing_at = models.DateTimeField(null=True)
     ended_at = models.DateTimeField(null=True)
     is_paused = models.BooleanField(default=False)  # no further line starts

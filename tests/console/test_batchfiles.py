@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from console import batchfiles
-from console.batchfiles import Invalid, Line, LineError, Summary, parse_line, prompt_of, validate
+from console import batchcheck, batchfiles
+from console.batchcheck import (
+    LINE_BYTES_MAX,
+    Invalid,
+    Line,
+    LineError,
+    Summary,
+    parse_line,
+    prompt_of,
+    validate,
+)
 from console.batchresults import assemble, result_line, stored_path, write_whole
 from console.models import Batch, BatchLine, File
 from tests.console import rows
@@ -59,7 +68,7 @@ def test_a_valid_line_is_read() -> None:
         (raw(body={"model": "secret"}), "model_not_found"),
         (raw(body={"model": ["tiny"]}), "model_not_found"),
         (raw(body={"model": "tiny", "stream": True}), "invalid_body"),
-        (b" " * (batchfiles.LINE_BYTES_MAX + 1), "line_too_long"),
+        (b" " * (LINE_BYTES_MAX + 1), "line_too_long"),
     ],
 )
 def test_a_bad_line_is_named(text: bytes, code: str) -> None:
@@ -109,18 +118,18 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_limits_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchfiles, "LINES_MAX", 3)
+    monkeypatch.setattr(batchcheck, "LINES_MAX", 3)
     fits = file_of(tmp_path, *(raw(custom_id=f"c{i}") for i in range(3)))
     summary = validate(fits, KNOWN)
     assert isinstance(summary, Summary) and summary.num_lines == len(summary.sizes) == 3
     over = file_of(tmp_path, *(raw(custom_id=f"c{i}") for i in range(4)))
     assert codes(validate(over, KNOWN)) == [("too_many_lines", None)]
-    monkeypatch.setattr(batchfiles, "ERRORS_MAX", 2)
+    monkeypatch.setattr(batchcheck, "ERRORS_MAX", 2)
     assert len(codes(validate(file_of(tmp_path, b"{", b"{", b"{"), KNOWN))) == 2
 
 
 def test_a_line_without_an_end_costs_one_line_of_memory(tmp_path: Path) -> None:
-    path = file_of(tmp_path, b"x" * (3 * batchfiles.LINE_BYTES_MAX))
+    path = file_of(tmp_path, b"x" * (3 * LINE_BYTES_MAX))
     assert codes(validate(path, KNOWN)) == [("line_too_long", 1)]
 
 

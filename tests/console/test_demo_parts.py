@@ -15,7 +15,7 @@ from django.utils import timezone
 
 from console import demo, demochecks, demoload, demomeasure, demoreport, demoseed, demostart
 from console.auth import verify
-from console.batchfiles import Line, parse_line
+from console.batchcheck import Line, parse_line
 from console.democlient import Answer, Reader
 from console.demoload import Prompts
 from console.models import ApiKey, RequestRecord, SLOClassRow, Tenant

@@ -10,7 +10,7 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
-from console import batchclaims, batchfiles, quotes
+from console import batchcheck, batchclaims, batchfiles, quotes
 from console.capacitybins import BIN_S, KEPT, add_harvest, capacity_of, start_of
 from console.facts import HarvestFact
 from console.models import Batch, BatchLine, CapacityBin, Tenant
@@ -159,10 +159,10 @@ def test_no_other_window_is_taken(text: str):
 def test_lines_that_share_a_prefix_stand_together():
     shared = "You are a careful assistant. " * 20
     bodies = [{"prompt": f"{lead}{n}"} for n in range(3) for lead in (shared, "other " * 60)]
-    ordered = sorted(bodies, key=batchfiles.prefix_key)
+    ordered = sorted(bodies, key=batchcheck.prefix_key)
     starts = [body["prompt"][:5] for body in ordered]
     assert starts in (["You a"] * 3 + ["other"] * 3, ["other"] * 3 + ["You a"] * 3)
-    assert len(batchfiles.prefix_key({"prompt": "x" * 99_999})) == 64
+    assert len(batchcheck.prefix_key({"prompt": "x" * 99_999})) == 64
 
 
 # --- promises ------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from console.metrics import Metrics
 from console.models import Model
 from console.models.fleet import ensure_default_classes
 from console.serving import Serving, say
+from console.sidework import SideWork
 from console.snapshot import SnapshotKeeper
 from console.tokens import Tokenizers
 from console.workerprocs import WorkerProcs, WorkerSpec, parse_workers
@@ -305,6 +306,9 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
         profile=settings.SLACKWATER_PROFILE,
         started_at_s=time.monotonic(),
     )
+    if settings.CELERY_BROKER_URL == settings.MEMORY_BROKER:
+        current.side_work = SideWork()
+        current.side_work.start()
     fleet.handle(current.contracts.start(snapshot.current, datetime.now(UTC)))
     return current
 
