@@ -23,7 +23,9 @@ FOREIGN_KEYS = frozenset(
         "SLACKWATER_TEST_REDIS_URL",
     }
 )
-OWN_KEYS = frozenset({"SLACKWATER_VAR", "SLACKWATER_PEPPER"})
+OWN_KEYS = frozenset(
+    {"SLACKWATER_CALIBRATION", "SLACKWATER_PEPPER", "SLACKWATER_TRACES", "SLACKWATER_VAR"}
+)
 SECRET_CHARS_MIN = 32
 
 
@@ -39,6 +41,8 @@ class Env:
     database: dict[str, str] | None  # PostgreSQL; None: SQLite in `var`
     redis_url: str | None
     gpu_hour_usd: float
+    traces: str  # folder of workload traces, for `bench plane`; empty: none
+    calibration: str  # file of step times, for `bench plane`; empty: the packaged ones
 
     @property
     def profile(self) -> Profile:
@@ -61,6 +65,8 @@ def read(environ: Mapping[str, str], root: Path) -> Env:
         database=_database(environ),
         redis_url=_redis(environ),
         gpu_hour_usd=_usd(environ, "GPU_HOUR_USD", 3.0),
+        traces=environ.get("SLACKWATER_TRACES", ""),
+        calibration=environ.get("SLACKWATER_CALIBRATION", ""),
     )
     if env.profile == "public":
         for key, value in (("SECRET_KEY", env.secret_key), ("SLACKWATER_PEPPER", env.pepper)):

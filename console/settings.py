@@ -18,6 +18,7 @@ ENV = env_reader.read(os.environ, BASE_DIR)
 IS_PUBLIC = ENV.profile == "public"
 
 SLACKWATER_VAR = ENV.var
+SLACKWATER_TRACES, SLACKWATER_CALIBRATION = ENV.traces, ENV.calibration
 STATIC_ROOT = ENV.var / "static"
 try:
     STATIC_ROOT.mkdir(parents=True, exist_ok=True)  # WhiteNoise warns when it is absent

@@ -24,12 +24,22 @@ def simulate(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def run_module(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """A module of this repository in a process of its own; its stdout is kept."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+    """A module of this repository in a process of its own; its stdout is kept. Ctrl-C reaches the
+    module too: what it still answers is waited for; a second one ends it."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(
+        command,
         cwd=settings.BASE_DIR,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        check=False,
-    )
+    ) as process:
+        try:
+            out, _ = process.communicate()
+        except KeyboardInterrupt:
+            try:
+                out, _ = process.communicate()
+            except KeyboardInterrupt:
+                process.kill()
+                raise
+    return subprocess.CompletedProcess(command, process.returncode, out)

@@ -5,7 +5,7 @@ feasible is never rejected for its lateness afterwards; a forecast that fails de
 Source: algorithms.md 2c.
 """
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,6 +17,7 @@ from controlplane.pools import Pool
 RETRY_S = 1.0  # a tenant's own requests end at this pace at best
 NO_WORKER_RETRY_S = 5.0  # a worker process starts in about this time
 DRAINING_RETRY_S = 5.0
+DUE_SLACK_S = 0.05  # a retry may come so much before its time: clocks differ
 
 
 def refuse_worker(request: GenerateRequest, pool: Pool | None, num_workers: int) -> Rejected | None:
@@ -65,74 +66,94 @@ def late_text(outlook: Outlook, slo: SLOClass, waited_s: float, promised_s: floa
     return text
 
 
-@dataclass(frozen=True, slots=True)
+RetryKey = tuple[str, str, str, int, int, bytes]
+KEPT_WEIGHT = 0.02  # of one promise in the share that is kept
+
+
+def retry_key(request: GenerateRequest) -> RetryKey:
+    """What a refused request and its retry have in common, without the client's help."""
+    hashes = request.block_hashes
+    return (
+        request.tenant_id,
+        request.model_id,
+        request.slo.name,
+        request.prompt_tokens,
+        request.output_tokens_max,
+        hashes[-1] if hashes else b"",
+    )
+
+
+@dataclass(slots=True)
 class _Promise:
     due_at_s: float
-    tenant_id: str
+    key: RetryKey
     work_s: float
+    is_open: bool = True
 
 
 @dataclass(slots=True)
 class RetryBook:
-    """Room promised to those who were refused: each is told a time of its own, and until then the
-    work of earlier promises counts as if it were queued. Bounded; kept in order of due time.
-
-    Retries cannot be recognised, so any request of the same tenant redeems its first due promise.
-    """
+    """Room promised to those who were refused: each is told a time of its own, and work promised
+    for the near future counts as if it were queued, in the share in which clients do come back.
+    Bounded; kept in order of due time. Equal requests of a tenant are as good as each other."""
 
     config: ControlPlaneConfig
+    kept_share: float = 1.0  # of the promises that fell due lately: redeemed, not lapsed
     _promises: deque[_Promise] = field(default_factory=deque)
-    _num_by_tenant: Counter[str] = field(default_factory=Counter)
-    _work_s: float = 0.0
+    _by_key: dict[RetryKey, deque[_Promise]] = field(default_factory=dict)
+    _num_open: int = 0
     _booked_at_s: float = 0.0  # before this all that may be promised is
 
     def __len__(self) -> int:
-        return len(self._promises)
+        return self._num_open
 
     def _expire(self, now_s: float) -> None:
-        while self._promises and self._promises[0].due_at_s < now_s - self.config.retry_grace_s:
-            self._drop(self._promises.popleft())
+        lapsed_s = now_s - self.config.retry_grace_s
+        while self._promises and self._promises[0].due_at_s < lapsed_s:
+            promise = self._promises.popleft()
+            if promise.is_open:
+                self._close(promise, is_kept=False)
 
-    def _drop(self, promise: _Promise) -> None:
-        self._work_s = self._work_s - promise.work_s if self._promises else 0.0
-        self._num_by_tenant[promise.tenant_id] -= 1
-        if not self._num_by_tenant[promise.tenant_id]:
-            del self._num_by_tenant[promise.tenant_id]
+    def _close(self, promise: _Promise, is_kept: bool) -> None:
+        promise.is_open = False
+        self._num_open -= 1
+        self.kept_share += KEPT_WEIGHT * (is_kept - self.kept_share)
+        same = self._by_key[promise.key]
+        same.popleft()  # of one key they fall due in order
+        if not same:
+            del self._by_key[promise.key]
 
     def promise(
-        self, tenant_id: str, wait_s: float, work_s: float, num_workers: int, now_s: float
+        self, key: RetryKey, wait_s: float, work_s: float, num_workers: int, now_s: float
     ) -> float:
         """Seconds until a retry, at least wait_s. A full book gives its end without a promise."""
         self._expire(now_s)
         due_at_s = max(now_s + wait_s, self._booked_at_s)
-        if len(self._promises) < self.config.promises_max:
+        if self._num_open < self.config.promises_max:
             share = max(1, num_workers) * self.config.retry_share
             self._booked_at_s = due_at_s + work_s / share
-            self._promises.append(_Promise(due_at_s, tenant_id, work_s))
-            self._num_by_tenant[tenant_id] += 1
-            self._work_s += work_s
+            promise = _Promise(due_at_s, key, work_s)
+            self._promises.append(promise)
+            self._by_key.setdefault(key, deque()).append(promise)
+            self._num_open += 1
         return due_at_s - now_s
 
-    def redeem(self, tenant_id: str, now_s: float) -> bool:
-        """Does this tenant hold a promise that is due? It is used up by asking."""
+    def redeem(self, key: RetryKey, now_s: float) -> bool:
+        """Is this the retry of a promise that is due? It is used up by asking."""
         self._expire(now_s)
-        if tenant_id not in self._num_by_tenant:
+        same = self._by_key.get(key)
+        if same is None or same[0].due_at_s > now_s + DUE_SLACK_S:
             return False
-        for index, promise in enumerate(self._promises):
-            if promise.due_at_s > now_s:
-                return False
-            if promise.tenant_id == tenant_id:
-                del self._promises[index]
-                self._drop(promise)
-                return True
-        return False
+        self._close(same[0], is_kept=True)
+        return True
 
     def ahead_s(self, horizon_s: float, num_workers: int, now_s: float) -> float:
-        """Prefill seconds per worker that are promised for between now and the horizon."""
+        """Prefill seconds per worker that are promised for between now and the horizon, as far as
+        clients keep to it."""
         self._expire(now_s)
         work_s = 0.0
         for promise in self._promises:
             if promise.due_at_s > now_s + horizon_s:
                 break
-            work_s += promise.work_s
-        return work_s / max(1, num_workers)
+            work_s += promise.work_s if promise.is_open and promise.due_at_s >= now_s else 0.0
+        return self.kept_share * work_s / max(1, num_workers)

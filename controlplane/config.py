@@ -25,7 +25,7 @@ class ControlPlaneConfig:
     classes_max: int = 64
     requests_view_max: int = 500
     contracts_max: int = 4_096
-    promises_max: int = 10_000  # retries that were promised room and have not come yet
+    promises_max: int = 50_000  # retries that were promised room and have not come yet
     # liveness (design.md section 11)
     suspect_s_min: float = 1.5
     dead_s_min: float = 3.0
@@ -84,8 +84,10 @@ class ControlPlaneConfig:
     # admission
     late_margin: float = 0.05  # share of the TTFT target kept free (algorithms.md 2c, m)
     retry_s_min: float = 0.1
-    retry_share: float = 0.5  # of the cluster's prefill that promised retries may fill
-    retry_grace_s: float = 5.0  # a promised retry may come so much later than told
+    # Of the cluster's prefill that promised retries may fill: about half of what it can do when it
+    # decodes too, so that they fit beside the usual load once a burst is over.
+    retry_share: float = 0.3
+    retry_grace_s: float = 2.0  # a promised retry may come so much later than told
     # planner
     plan_every_s: float = 10.0
     plan_window_s: float = 30.0

@@ -14,6 +14,7 @@ from controlplane.admission import (
     late_by_s,
     late_text,
     refuse_worker,
+    retry_key,
 )
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
@@ -212,12 +213,14 @@ class Requests:
         outlook = self._placer.outlook(found)
         if outlook is None:
             return None  # nobody can take it now: it waits, and is late when it is
-        is_promised = self._book.redeem(request.tenant_id, now_s)
+        key = retry_key(request)
         waited_s = max(0.0, now_s - request.arrived_at_s)
-        promised_s = 0.0
-        if not is_promised:
-            promised_s = self._book.ahead_s(slo.ttft_s_p99, outlook.num_workers, now_s)
-        late_s = late_by_s(outlook, slo, waited_s, self._config.late_margin) + promised_s
+        if self._book.redeem(key, now_s):
+            promised_s, margin = 0.0, 0.0
+        else:
+            promised_s = self._book.ahead_s(outlook.ttft_s, outlook.num_workers, now_s)
+            margin = self._config.late_margin
+        late_s = late_by_s(outlook, slo, waited_s, margin) + promised_s
         if late_s <= 0.0 and outlook.itl_s <= slo.itl_s_p99:
             return None
         text = late_text(outlook, slo, waited_s, promised_s)
@@ -225,9 +228,7 @@ class Requests:
             tracked.demotion = Demotion("late", text)
             return None
         wait_s = max(late_s, self._config.retry_s_min)
-        retry_s = self._book.promise(
-            request.tenant_id, wait_s, outlook.work_s, outlook.num_workers, now_s
-        )
+        retry_s = self._book.promise(key, wait_s, outlook.work_s, outlook.num_workers, now_s)
         return Rejected("late", text, retry_s)
 
     def _judge(self, tracked: Tracked, is_met: bool, code: str, now_s: float) -> None:

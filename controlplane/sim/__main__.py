@@ -5,6 +5,7 @@ python -m controlplane.sim coserve [--sweep]      interactive and batch work on 
 python -m controlplane.sim latency                honesty of the latency model
 python -m controlplane.sim router                 cost of a routing decision, in real time
 python -m controlplane.sim fairness               a tenant beside one that floods the cluster
+python -m controlplane.sim plane [--part NAME]    figures of the whole control plane on traces
 python -m controlplane.sim ledger                 does every worker account for all of its time
 python -m controlplane.sim deadlines              promises of batch deadlines over 28 days
 python -m controlplane.sim split [--search]       the planner against every fixed split of roles
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import platform
 import sys
 import time
 from collections import Counter
@@ -28,12 +30,14 @@ from controlplane.sim import (
     fairness,
     hardware,
     ledgercheck,
+    planebench,
     routerbench,
     scenario,
     shrink,
     split,
     swarm,
 )
+from controlplane.sim.planeload import Bench
 from controlplane.sim.steptable import NAMES, load
 
 ITL_TARGETS_S = (0.03, 0.05)
@@ -114,6 +118,16 @@ def run_split(options: argparse.Namespace) -> dict[str, object]:
     setting = split.Setting(options.traces, options.calibration, split.PHASES, options.seconds)
     compare = split.search if options.search else split.run
     return compare(setting, options.processes, say)
+
+
+def run_plane(options: argparse.Namespace) -> dict[str, object]:
+    bench = Bench(options.traces, options.calibration, options.processes, options.seed)
+    names = options.part or planebench.PARTS
+    machine = f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores"
+    try:
+        return planebench.run(bench, names, machine, say)
+    except ValueError as error:  # a file that is missing, a part that is not there
+        return {"error": str(error)}
 
 
 def run_swarm(options: argparse.Namespace) -> int:
@@ -207,6 +221,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=1_200.0, help="virtual, of each phase")
     command.add_argument("--processes", type=int, default=2)
     command.add_argument("--search", action="store_true", help="find the factors of the phases")
+    command = commands.add_parser("plane", help="the figures of the whole control plane")
+    command.add_argument("--part", action="append", choices=planebench.PARTS, help="only these")
+    command.add_argument("--traces", default="", help="folder of the Parquet files")
+    command.add_argument("--calibration", default="", help="its file; empty: packaged step times")
+    command.add_argument("--processes", type=int, default=2)
+    command.add_argument("--seed", type=int, default=1)
     command = commands.add_parser("swarm")
     command.add_argument("--seeds", type=int, default=200)
     command.add_argument("--first", type=int, default=0, help="the first seed")
@@ -227,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         "router": run_router,
         "split": run_split,
         "fairness": run_fairness,
+        "plane": run_plane,
         "ledger": run_ledger,
         "deadlines": run_deadlines,
     }

@@ -35,6 +35,7 @@ class Client:
     tenants: Sequence[str] = ("tenant",)  # users of the trace are spread over them
     retries_max: int = 0  # times that a refused request comes back, when it was told to
     tokens_max_of: Callable[[TraceRequest], int] | None = None  # where they allow different ones
+    skipped: frozenset[int] = frozenset()  # arrivals, by number from 1, that never come
 
     def tenant_of(self, index: int) -> str:
         return self.tenants[index % len(self.tenants)]
@@ -198,7 +199,8 @@ class Replay:
 
     def _arrive(self, row: TraceRequest, seconds: float) -> None:
         self._num_arrived += 1
-        self._submit(row, self._num_arrived, 0)
+        if self._num_arrived not in self.client.skipped:
+            self._submit(row, self._num_arrived, 0)
         self._arrive_next(seconds)
 
     def _submit(self, row: TraceRequest, index: int, attempt: int) -> None:

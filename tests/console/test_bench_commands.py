@@ -27,6 +27,14 @@ def test_bench_coserve_prints_exactly_one_json_object():
     assert answer["seeds"] == 1 and len(answer["targets"]) == 2
 
 
+def test_bench_plane_without_traces_says_in_one_line_how_to_give_them(settings):
+    settings.SLACKWATER_TRACES = ""
+    out = io.StringIO()
+    with pytest.raises(SystemExit):
+        call_command("bench", "plane", "--part", "overload", traces="", stdout=out)
+    assert "SLACKWATER_TRACES" in json.loads(out.getvalue())["error"]
+
+
 def test_bench_router_times_decisions_with_and_without_a_large_cluster():
     out = run("bench", "router", "--json", "--blocks", "6400", "--repeats", "1")
     answer = json.loads(out)

@@ -33,6 +33,8 @@ def test_an_empty_environment_is_a_local_installation_in_var() -> None:
         database=None,
         redis_url=None,
         gpu_hour_usd=3.0,
+        traces="",
+        calibration="",
     )
     assert read.profile == "local"
 

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane import domain
-from controlplane.admission import RetryBook
+from controlplane.admission import RetryBook, retry_key
 from controlplane.calibration import MARGIN_AT_START, SCORES_MIN, TTFTCalibration, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.sim.events import Events
 from tests.controlplane.rig import Rig, of, rejection
 from tests.controlplane.test_contracts import make_contract
-from tests.factories import BATCH, INTERACTIVE, make_load
+from tests.factories import BATCH, INTERACTIVE, make_load, make_request
 
 STRICT = replace(INTERACTIVE, ttft_s_p99=1.0)
 
@@ -134,7 +134,7 @@ def test_each_refusal_gets_a_time_of_its_own_and_no_sooner_than_its_work_allows(
     assert target.ahead_s(1.5, 2, 0.0) == pytest.approx(1.0)
 
 
-def test_promise_is_redeemed_once_by_its_tenant_when_it_is_due():
+def test_promise_is_redeemed_once_by_its_retry_when_it_is_due():
     target = book()
     target.promise("a", 1.0, 1.0, 1, 0.0)
     assert not target.redeem("a", 0.5) and not target.redeem("b", 1.0)
@@ -145,8 +145,36 @@ def test_promise_is_redeemed_once_by_its_tenant_when_it_is_due():
 def test_promise_lapses_after_its_grace():
     target = book(retry_grace_s=2.0)
     target.promise("a", 1.0, 1.0, 1, 0.0)
-    assert target.ahead_s(0.0, 1, 2.9) == 1.0
-    assert not target.redeem("a", 3.1) and len(target) == 0
+    target.promise("b", 1.0, 1.0, 1, 0.0)
+    assert target.redeem("a", 2.9)
+    assert not target.redeem("b", 6.4) and len(target) == 0
+
+
+def test_promises_count_as_far_as_clients_come_back():
+    target = book(retry_share=1.0, retry_grace_s=1.0)
+    for index in range(200):
+        target.promise(f"{index}", 0.1, 0.1, 1, 10.0 * index)
+    target.promise("last", 1.0, 2.0, 1, 2_010.0)
+    assert target.kept_share < 0.05
+    assert target.ahead_s(5.0, 1, 2_010.0) == pytest.approx(2.0 * target.kept_share)
+    for index in range(200):
+        now_s = 3_000.0 + 10.0 * index
+        target.promise(f"kept {index}", 0.1, 0.1, 1, now_s)
+        assert target.redeem(f"kept {index}", now_s + 0.1)
+    assert target.kept_share > 0.95
+
+
+def test_a_retry_is_known_by_what_it_asks_and_not_by_its_tenant():
+    request = make_request("r1", tenant_id="a", prompt_tokens=64)
+    again = replace(request, request_id="r2", arrived_at_s=9.0)
+    assert retry_key(again) == retry_key(request)
+    for other in (
+        replace(request, prompt_tokens=63),
+        replace(request, tenant_id="b"),
+        replace(request, slo=replace(request.slo, name="other")),
+        replace(request, block_hashes=(b"other",)),
+    ):
+        assert retry_key(other) != retry_key(request)
 
 
 def test_full_book_promises_nothing_more_and_still_names_its_end():
@@ -156,10 +184,10 @@ def test_full_book_promises_nothing_more_and_still_names_its_end():
 
 
 def test_room_promised_to_others_is_not_given_to_a_newcomer():
-    rig = rejecting(busy(400))
+    rig = rejecting(busy(400, retry_share=4.0))
     for index in range(8):
         rejection(rig.submit(f"r{index}", slo=STRICT, prompt_tokens=150))
-    rig.now_s = 1.0
+    rig.now_s = 2.3
     rig.send("w1", make_load(prefill_tokens_waiting=100))
     (newcomer,) = of(domain.Decided, rig.submit("n", slo=STRICT, tenant_id="beta"))
     assert newcomer.outcome.demotion.code == "late"
@@ -181,22 +209,26 @@ def test_p99_covers_99_of_100_and_is_sharp():
     assert sorted(ratios)[10_000] <= 1.5
 
 
-def test_margin_at_start_and_from_the_pooled_scores_of_other_buckets():
+def test_a_kind_has_the_margin_at_start_until_its_own_scores_say_otherwise():
     target = TTFTCalibration()
-    for index in range(SCORES_MIN):
-        assert target.margin(bucket_of(0.0, 0.1, 0, True)) == MARGIN_AT_START
-        target.observe(bucket_of(0.0, 0.1, 0, False), 1.0, 1.0 + index / 1_000)
-    assert target.margin(bucket_of(9.0, 0.1, 5, True)) == pytest.approx(1.099)
+    short, long = bucket_of(0.0, 0.01, 0, False), bucket_of(0.0, 1.0, 0, False)
+    assert target.margin(short) == MARGIN_AT_START
+    margins = []
+    for _ in range(SCORES_MIN - 1):
+        target.observe(short, 1.0, 3.0)
+        margins.append(target.margin(short))
+    assert margins == sorted(margins) and margins[-1] == pytest.approx(3.0, rel=0.1)
+    assert target.margin(long) == MARGIN_AT_START
+    target.observe(short, 1.0, 3.0)
+    assert target.margin(short) == pytest.approx(3.0)
 
 
-def test_a_rare_kind_of_prediction_borrows_from_its_likes_before_all_others():
-    target = TTFTCalibration()
-    for _ in range(SCORES_MIN):
-        target.observe(bucket_of(0.0, 0.01, 0, False), 1.0, 0.5)  # short, nothing before it
-        target.observe(bucket_of(1.0, 0.01, 0, False), 1.0, 2.0)  # short, much before it
-    assert target.margin(bucket_of(0.0, 0.01, 64, False)) == pytest.approx(0.5)
-    assert target.margin(bucket_of(1.0, 0.01, 64, False)) == pytest.approx(2.0)
-    assert target.margin(bucket_of(0.0, 1.0, 0, False)) == pytest.approx(2.0)
+def test_one_bad_score_of_few_does_not_become_the_margin():
+    target, bucket = TTFTCalibration(), bucket_of(0.0, 0.01, 0, False)
+    for _ in range(SCORES_MIN - 2):
+        target.observe(bucket, 1.0, 1.0)
+    target.observe(bucket, 1.0, 9.0)
+    assert 1.0 < target.margin(bucket) < 2.5
 
 
 def test_prediction_is_scored_from_placement_to_first_token_and_only_in_the_guaranteed_tier():

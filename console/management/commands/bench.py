@@ -4,6 +4,7 @@ import json
 import sys
 from typing import Any, NoReturn
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
 
 from console import benchgateway
@@ -23,7 +24,8 @@ MODEL_HELP = "folder of the model; without it the packaged one"
 class Command(BaseCommand):
     help = (
         "Measure: `engine` beside transformers; `coserve`, interactive and batch work on one"
-        " worker; `kernels`, those of a GPU; `router`, placement decisions"
+        " worker; `kernels`, those of a GPU; `router`, placement decisions; `plane`, all promises"
+        " of the control plane on traces"
     )
     requires_system_checks: list[str] = []
 
@@ -55,6 +57,12 @@ class Command(BaseCommand):
         gateway = kinds.add_parser("gateway", help="what the gateway costs and adds")
         gateway.add_argument("--json", action="store_true")
         gateway.add_argument("--seconds", type=float, default=60.0, help="of streaming")
+        plane = kinds.add_parser("plane", help="the whole control plane on traces, virtual time")
+        plane.add_argument("--json", action="store_true")
+        plane.add_argument("--part", action="append", default=[], help="only this; repeatable")
+        plane.add_argument("--traces", default=settings.SLACKWATER_TRACES, help="folder of them")
+        plane.add_argument("--calibration", default=settings.SLACKWATER_CALIBRATION)
+        plane.add_argument("--processes", type=int, default=2)
         router = kinds.add_parser("router", help="cost of a placement decision")
         router.add_argument("--json", action="store_true")
         router.add_argument("--blocks", type=int, default=1_000_000, help="in the prefix index")
@@ -65,6 +73,8 @@ class Command(BaseCommand):
             self.kernels(options["json"])
         elif options["kind"] == "router":
             self.router(options)
+        elif options["kind"] == "plane":
+            self.plane(options)
         elif options["kind"] == "gateway":
             self.gateway(options)
         elif options["kind"] == "engine":
@@ -161,6 +171,27 @@ class Command(BaseCommand):
             arguments += [f"--{name}", str(options[name])]
         for name, value in (self.simulated(arguments, options["json"]) or {}).items():
             self.stdout.write(f"{name:28} {value}")
+
+    def plane(self, options: dict[str, Any]) -> None:
+        """Each part with its figures; a run cut short says what is missing."""
+        arguments = ["plane", "--processes", str(options["processes"])]
+        for name in options["part"]:
+            arguments += ["--part", name]
+        for name in ("traces", "calibration"):
+            if options[name]:
+                arguments += [f"--{name}", options[name]]
+        answer = self.simulated(arguments, options["json"])
+        if answer is None:
+            return
+        if "error" in answer:
+            self.fail(answer["error"])
+        for name, value in answer.items():
+            if isinstance(value, dict):
+                self.stdout.write(name)
+                for key, row in value.items():
+                    self.stdout.write(f"  {key:28} {_figures(row)}")
+            else:
+                self.stdout.write(f"{name:28} {_figures(value)}")
 
     def simulated(self, arguments: list[str], is_json: bool) -> dict[str, Any] | None:
         """The simulator's answer; None after it was printed as JSON."""
