@@ -3,11 +3,14 @@
 Outside `serve` there is none: readers give None and pages show their empty states.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from typing import Any
 
 from console import livefeed, state
 from controlplane import domain
+from controlplane.contracts import Preview
+from controlplane.ledger import AccountView
 
 
 def frame() -> dict[str, Any] | None:
@@ -37,6 +40,33 @@ def worker(worker_id: str) -> domain.WorkerView | None:
     now = view()
     known = () if now is None else now.workers
     return next((found for found in known if found.worker_id == worker_id), None)
+
+
+def accounts() -> tuple[AccountView, ...]:
+    """Contracts in force and where each stands; empty without a server."""
+    current = state.get()
+
+    async def read(server: state.ServerState) -> tuple[AccountView, ...]:
+        return server.fleet.accounts()
+
+    return () if current is None else _ask(current, read, current) or ()
+
+
+def preview(contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
+    """What these contracts would commit; empty without a server."""
+    current = state.get()
+
+    async def read(server: state.ServerState) -> tuple[Preview, ...]:
+        return server.fleet.preview(contracts)
+
+    return () if current is None else _ask(current, read, current) or ()
+
+
+def refresh() -> None:
+    """Rows have changed: the gateway knows before the answer is out."""
+    current = state.get()
+    if current is not None:
+        current.snapshot.refresh()
 
 
 def order(event: domain.RoleOrdered | domain.DrainOrdered) -> bool:

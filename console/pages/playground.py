@@ -2,17 +2,17 @@
 
 from datetime import timedelta
 
-from django.contrib.admin.models import ADDITION, LogEntry
-from django.contrib.contenttypes.models import ContentType
+from django.contrib.admin.models import ADDITION
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from django.utils import timezone
 from django.views.decorators.http import require_POST, require_safe
 
-from console import state
-from console.auth import mint_key, operator_required
+from console import audit, keys
+from console.auth import operator_required
 from console.forms import PlaygroundKeyForm
 from console.models import ApiKey, Model, SLOClassRow, Tenant
+from console.pages import cluster
 
 KEY_LIFE = timedelta(hours=1)
 KEYS_MAX = 20  # playground keys alive at one time; the oldest is ended for the next
@@ -44,25 +44,8 @@ def key(request: HttpRequest) -> HttpResponse:
     alive = ApiKey.objects.filter(name=name, is_active=True, expires_at__gt=now)
     oldest = alive.order_by("-created_at").values_list("pk", flat=True)[KEYS_MAX - 1 :]
     ApiKey.objects.filter(pk__in=list(oldest)).update(is_active=False)
-    minted = mint_key()
-    row = ApiKey.objects.create(
-        tenant=tenant,
-        name=name,
-        public_id=minted.public_id,
-        secret_hmac=minted.secret_hmac,
-        last4=minted.last4,
-        expires_at=now + KEY_LIFE,
-    )
-    LogEntry.objects.create(
-        user_id=request.user.pk,
-        content_type=ContentType.objects.get_for_model(ApiKey),
-        object_id=str(row.pk),
-        object_repr=str(row),
-        action_flag=ADDITION,
-        change_message="made for the playground",
-    )
-    current = state.get()
-    if current is not None:
-        current.snapshot.refresh()  # the gateway knows the key before the page has it
-    answer = {"key": minted.text, "tenant": tenant.slug, "expires_at": row.expires_at.isoformat()}
+    row = keys.create(tenant, name=name, expires_at=now + KEY_LIFE)
+    audit.record(request.user, row, "made for the playground", ADDITION)
+    cluster.refresh()
+    answer = {"key": row.key, "tenant": tenant.slug, "expires_at": row.expires_at.isoformat()}
     return JsonResponse(answer, headers={"cache-control": "no-store"})

@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from console.pages import batches, overview, playground, requests, workers
+from console.pages import batches, keys, overview, playground, requests, workers
 
 app_name = "pages"
 
@@ -18,6 +18,10 @@ urlpatterns = [
     path("workers/<str:worker_id>/drain/", workers.drain, name="worker_drain"),
     path("playground/", playground.playground, name="playground"),
     path("playground/key/", playground.key, name="playground_key"),
+    path("keys/", keys.keys, name="keys"),
+    path("keys/create/", keys.add, name="key_add"),
+    path("keys/<str:public_id>/rotate/", keys.rotate, name="key_rotate"),
+    path("keys/<str:public_id>/revoke/", keys.revoke, name="key_revoke"),
     path("batches/", batches.batches, name="batches"),
     path("batches/<str:batch_id>/", batches.detail, name="batch"),
     path("batches/<str:batch_id>/pause/", batches.pause, name="batch_pause"),

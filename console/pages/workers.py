@@ -1,15 +1,13 @@
 """Workers: who they are, what they do, and the orders an operator can give: add, flip, drain."""
 
 from django.contrib import messages
-from django.contrib.admin.models import CHANGE, LogEntry
-from django.contrib.contenttypes.models import ContentType
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.utils.http import urlencode
 from django.views.decorators.http import require_http_methods, require_safe
 
-from console import jointokens
+from console import audit, jointokens
 from console.auth import operator_required
 from console.forms import AddWorkerForm, RoleForm
 from console.models import Model, PlanRecord, Worker
@@ -59,7 +57,7 @@ def add(request: HttpRequest) -> HttpResponse:
         token = jointokens.mint(form.cleaned_data["name"])
         context["command"] = join_command(request, token, **form.cleaned_data)
         context["life_minutes"] = int(jointokens.LIFE_S // 60)
-        _log(request, form.cleaned_data["name"], "made a join token")
+        audit.record(request.user, Worker(), "made a join token", name=form.cleaned_data["name"])
     return render(request, "console/worker_add.html", context)
 
 
@@ -167,20 +165,8 @@ def _ordered(
 ) -> HttpResponse:
     """Order, audit, and go back to the list."""
     if cluster.order(event):
-        _log(request, event.worker_id, words)
+        audit.record(request.user, Worker(), words, name=event.worker_id)
         messages.success(request, f"{event.worker_id}: {words} ordered.")
     else:
         messages.error(request, "The control plane did not take the order; nothing has changed.")
     return redirect(reverse("pages:workers") + "?" + urlencode({"ordered": event.worker_id}))
-
-
-def _log(request: HttpRequest, name: str, words: str) -> None:
-    """One line of the admin's audit log."""
-    LogEntry.objects.create(
-        user_id=request.user.pk,
-        content_type=ContentType.objects.get_for_model(Worker),
-        object_id=name,
-        object_repr=name,
-        action_flag=CHANGE,
-        change_message=words,
-    )

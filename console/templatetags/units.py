@@ -35,6 +35,10 @@ STATUS_WORDS = {  # status -> (icon in _icons.html, word)
     "in_progress": ("run", "in progress"),
     "finalizing": ("run", "finalizing"),
     "cancelling": ("drain", "cancelling"),
+    "active": ("ok", "active"),
+    "expiring": ("warn", "ends soon"),
+    "revoked": ("none", "revoked"),
+    "disabled": ("none", "disabled"),
     "pending": ("none", "pending"),
     "queued": ("none", "queued"),
 }

@@ -8,6 +8,8 @@ from django.contrib.staticfiles import finders
 from django.test import Client
 from django.urls import reverse
 
+from console import keys
+from console.models import ApiKey, Tenant
 from tests.console.pagecast import client_of, make_batch, make_record
 
 pytestmark = pytest.mark.django_db
@@ -20,6 +22,10 @@ PAGES = {
     "workers_add": (),
     "playground": (),
     "batches": (),
+    "keys": (),
+    "key_add": (),
+    "key_rotate": ("KEY00000",),
+    "key_revoke": ("KEY00000",),
     "request": ("r1",),
     "batch": ("batch_0",),
 }
@@ -30,6 +36,8 @@ ALL = sorted(PAGES)
 def rows():
     make_record()
     make_batch()
+    key = keys.create(Tenant.objects.get(slug="acme"), name="ci")
+    ApiKey.objects.filter(pk=key.pk).update(public_id="KEY00000")
 
 
 @pytest.fixture
@@ -101,7 +109,7 @@ def test_a_live_page_opens_exactly_one_socket_and_can_be_paused(operator, name):
     assert text.count("ws-connect=") == 1 and 'id="pause"' in text
 
 
-@pytest.mark.parametrize("name", ["request", "batch"])
+@pytest.mark.parametrize("name", ["request", "batch", "key_rotate", "key_revoke"])
 def test_an_unknown_id_is_not_found(operator, name):
     response = operator.get(reverse(f"pages:{name}", args=["nothing"]))
     assert response.status_code == 404
@@ -138,7 +146,9 @@ def test_charts_send_no_data_to_the_vendor_and_their_module_stays_small():
     assert len(text.splitlines()) <= 200
 
 
-@pytest.mark.parametrize("name", ["charts", "format", "keys", "live", "playground", "stream"])
+@pytest.mark.parametrize(
+    "name", ["charts", "format", "keys", "keytest", "live", "playground", "stream"]
+)
 def test_scripts_never_write_markup(name):
     text = Path(finders.find(f"console/{name}.js")).read_text()
     for writing in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
