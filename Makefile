@@ -1,6 +1,6 @@
 # Slackwater. `make` lists the targets; `make demo` is the way to see it work.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-info test test-all sim-test sim-mutants chaos lint clean clean-demo
+.PHONY: help setup demo demo-info test test-all sim-test sim-mutants chaos conformance lint clean clean-demo
 
 VENV := .venv/bin
 # The demo's database, logs and key; a database named in the shell is not touched.
@@ -49,6 +49,9 @@ sim-mutants: setup  ## planted bugs against the simulation, at most 40 minutes o
 
 chaos: setup  ## workers are killed and frozen under load, clients must not notice; at most 10 minutes
 	$(VENV)/python -u -m tests.chaos --json var/chaos.json
+
+conformance: setup  ## the API by OpenAI's own client against a real server
+	$(VENV)/python -m pytest tests/conformance
 
 lint: setup  ## ruff and mypy
 	$(VENV)/ruff check .

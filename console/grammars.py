@@ -26,6 +26,8 @@ SCHEMA_NAME_CHARS_MAX = 64
 CHECK_S_MAX = 2.0  # wall time of a check before its process is killed
 COMPILE_S_MAX = 0.25  # processor time: a worker's step waits as long when it first sees the grammar
 CHECKED_MAX = 512  # outcomes kept
+# As JSON is mostly written. Free whitespace is a place where a small model never finds out again.
+SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -79,7 +81,7 @@ def of_tool_calls(tools: Sequence[Tool]) -> str:
         }
         for tool in tools
     ]
-    schema = json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    schema = json.dumps({"anyOf": calls, "x-guidance": SPACING})
     if len(schema) > SCHEMA_BYTES_MAX:
         refuse(f"The tools' parameters are larger than {SCHEMA_BYTES_MAX} bytes.", "tools")
     lark = f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema}'
@@ -87,7 +89,7 @@ def of_tool_calls(tools: Sequence[Tool]) -> str:
 
 
 def _of_schema(text: str) -> str:
-    return str(LLMatcher.grammar_from_json_schema(text))
+    return str(LLMatcher.grammar_from_json_schema(text, overrides=SPACING))
 
 
 def grammar_refused(problem: str) -> ApiError:
