@@ -30,6 +30,7 @@ from controlplane.gpuledger import GpuView
 from controlplane.ledger import AccountView, RateView
 from controlplane.overload import OverloadView
 from controlplane.plane import ControlPlane
+from controlplane.planner import SplitView
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,10 @@ class Fleet:
     def overload(self) -> OverloadView:
         """The rung of the overload ladder and its signals."""
         return self._plane.overload()
+
+    def splits(self) -> tuple[SplitView, ...]:
+        """Prefill and decode workers of each model, with what the forecast asks for."""
+        return self._plane.splits(self.now_s())
 
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit; nothing changes."""

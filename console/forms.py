@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 from django import forms
+from django.db.models import Q
 from django.http import QueryDict
 
 from console.models import RequestRecord, Tenant
@@ -20,6 +21,8 @@ RANGE_DEFAULT = "24h"
 STATUSES = ("completed", "cancelled", "failed", "rejected", "expired")
 ROLES = (("prefill", "prefill"), ("decode", "decode"), ("mixed", "mixed"))
 DEVICES = (("cpu", "cpu"), ("cuda:0", "cuda:0"))
+PLAN_KINDS = ("role", "model", "start", "drain")
+PLANNER = "planner"  # in `by`, where no operator stands
 ENGINES = (("native", "native"), ("fake", "fake (modelled time)"))
 
 
@@ -61,6 +64,43 @@ class HistoryFilter(forms.Form):
         """The accepted filters; a value that is no choice filters nothing."""
         self.is_valid()
         return {**self.cleaned_data, "range": self.cleaned_data.get("range") or RANGE_DEFAULT}
+
+
+class PlanFilter(forms.Form):
+    """Filters of the plan's history, in the query string."""
+
+    kind = forms.ChoiceField(
+        label="Change", required=False, choices=_choices("any change", PLAN_KINDS)
+    )
+    by = forms.ChoiceField(
+        label="By", required=False, choices=_choices("anybody", ("planner", "operators"))
+    )
+    carried = forms.ChoiceField(
+        label="Carried out", required=False, choices=_choices("or not", ("yes", "shadow only"))
+    )
+    worker = forms.CharField(label="Worker", required=False, max_length=64)
+
+    def __init__(self, query: QueryDict) -> None:
+        super().__init__(query.copy())
+        for name in ("kind", "by", "carried"):
+            self.fields[name].widget.attrs["data-submit"] = ""
+        self.fields["worker"].widget.attrs["data-filter"] = ""
+
+    def conditions(self) -> Q:
+        """Of PlanRecord; a value that is no choice filters nothing."""
+        self.is_valid()
+        asked = self.cleaned_data
+        made = Q()
+        if asked.get("kind"):
+            made &= Q(kind=asked["kind"])
+        if asked.get("worker"):
+            made &= Q(worker_id=asked["worker"])
+        if asked.get("carried"):
+            made &= Q(is_shadow=asked["carried"] != "yes")
+        if asked.get("by"):
+            is_planner = Q(by=PLANNER)
+            made &= is_planner if asked["by"] == "planner" else ~is_planner
+        return made
 
 
 class AddWorkerForm(forms.Form):

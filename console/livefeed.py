@@ -7,13 +7,16 @@ charts. It starts with the first page that asks and belongs to one ServerState.
 import asyncio
 import logging
 import time
+import zlib
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from console import state
 from controlplane import domain
+from controlplane.planner import SplitView
 
 FRAME_PERIOD_S = 1.0
 HISTORY_POINTS_MAX = 600  # of the charts; ten minutes
@@ -25,7 +28,12 @@ logger = logging.getLogger(__name__)
 encoder = msgspec.json.Encoder()  # NaN becomes null
 
 
-def enriched(frame: dict[str, Any], view: domain.ClusterView, seq: int) -> dict[str, Any]:
+def enriched(
+    frame: dict[str, Any],
+    view: domain.ClusterView,
+    seq: int,
+    splits: Sequence[SplitView] = (),
+) -> dict[str, Any]:
     """The frame of LiveStats with a sequence of its own, wall time, alerts, charts and shapes.
 
     A shape changes when a part of a page must be rendered again instead of filled in."""
@@ -37,7 +45,9 @@ def enriched(frame: dict[str, Any], view: domain.ClusterView, seq: int) -> dict[
         "t": round(time.time() * 1000),  # milliseconds since 1970, as JavaScript's Date
         "queued_total": sum(frame["queued"].values()),
         "alerts": alerts(frame),
-        "charts": charts(frame),
+        "charts": {**charts(frame), "split": split_points(splits)},
+        "splits": [split_row(view) for view in splits],
+        "planner_mode": view.planner_mode,
         "shapes": {
             "classes": ",".join(row["name"] for row in classes),
             "workers": ",".join(
@@ -46,6 +56,7 @@ def enriched(frame: dict[str, Any], view: domain.ClusterView, seq: int) -> dict[
             "plans": ""
             if plan is None
             else f"{len(view.plans)}:{plan.worker_id}:{plan.role_after}",
+            "split": shape_of(view.planner_mode, plan, *map(split_row, splits)),
             "setup": f"{bool(workers)}:{frame['counters']['requests_total'] > 0}",
         },
     }
@@ -86,6 +97,40 @@ def charts(frame: dict[str, Any]) -> dict[str, list[float | None]]:
                 promise.append(None if percent is None else round(percent, 2))
     rates = frame["tokens_per_s"]
     return {"tokens": [rates["interactive"], rates["batch"]], "promise": promise}
+
+
+def shape_of(*values: Any) -> str:
+    """Short text that differs when any of the values does."""
+    return f"{zlib.crc32(repr(values).encode()):08x}"
+
+
+def split_row(view: SplitView) -> dict[str, Any]:
+    """One model of the Split page; None where nothing is forecast."""
+    needs = view.needs
+    return {
+        "name": view.model_id,
+        "num_prefill": view.num_prefill,
+        "num_others": view.num_others,
+        "need_prefill": None if needs is None else needs.prefill,
+        "need_others": None if needs is None else needs.others,
+        "long_per_s": None if needs is None else needs.prompts.per_s,
+        "prefill_s": None if needs is None else needs.prompts.service_s,
+        "requests_per_s": None if needs is None else needs.outputs.per_s,
+        "output_tokens": None if needs is None else needs.outputs.output_tokens,
+        "horizon_s": view.horizon_s,
+    }
+
+
+def split_points(splits: Sequence[SplitView]) -> list[float | None]:
+    """Of all models together: prefill workers, others, and what the forecast asks for of each."""
+    known = [view.needs for view in splits if view.needs is not None]
+    is_known = bool(known) and len(known) == len(splits)
+    return [
+        sum(view.num_prefill for view in splits),
+        sum(view.num_others for view in splits),
+        sum(needs.prefill for needs in known) if is_known else None,
+        sum(needs.others for needs in known) if is_known else None,
+    ]
 
 
 def request_rows(view: domain.ClusterView) -> list[dict[str, Any]]:
@@ -168,7 +213,7 @@ class LiveFeed:
     def sample(self) -> None:
         fleet = self.current.fleet
         seq = 1 if self._newest is None else self._newest["seq"] + 1
-        frame = enriched(self.current.live.frame(fleet.now_s()), fleet.view(), seq)
+        frame = enriched(self.current.live.frame(fleet.now_s()), fleet.view(), seq, fleet.splits())
         self._newest, self._text = frame, encoder.encode(frame).decode()
         self._points.append((frame["t"], frame["charts"]))
         self._fresh.set()

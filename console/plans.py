@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.db import DatabaseError
+from django.db.models import Q
 from django.utils import timezone
 
 from console.fleet import Fleet
@@ -23,6 +24,7 @@ from controlplane import domain
 POLL_S = 1.0
 ORDER_S_MAX = 30.0  # an older order is not carried out
 APPLY_S_MAX = 3600.0  # an older recommendation says nothing of today's load
+ANSWER_MAX = 500  # characters that are stored
 ORDERS_MAX = 20  # taken at once
 MODES = ("auto", "shadow")
 NO_SERVER = "no server took it: is `manage.py serve` running?"
@@ -30,9 +32,13 @@ NO_SERVER = "no server took it: is `manage.py serve` running?"
 logger = logging.getLogger(__name__)
 
 
-def history(limit: int) -> list[PlanRecord]:
-    """The newest changes, first the newest; no demo history."""
-    return list(PlanRecord.objects.filter(is_demo_history=False)[:limit])
+def history(limit: int, where: Q | None = None, before_id: int | None = None) -> list[PlanRecord]:
+    """The newest changes that pass the filter, first the newest; no demo history. With an id those
+    recorded before it."""
+    found = PlanRecord.objects.filter(where or Q(), is_demo_history=False)
+    if before_id is not None:
+        found = found.filter(pk__lt=before_id).order_by("-pk")
+    return list(found[:limit])
 
 
 def mode() -> domain.PlannerMode:
@@ -73,11 +79,16 @@ def shown(row: PlanRecord) -> dict[str, Any]:
     }
 
 
+def made(action: str, by: str, worker_id: str = "", value: str = "") -> PlanOrder:
+    """An order that is not stored yet."""
+    return PlanOrder(at=timezone.now(), action=action, worker_id=worker_id, value=value, by=by)
+
+
 def place(action: str, by: str, worker_id: str = "", value: str = "") -> PlanOrder:
     """An order for the serving process."""
-    return PlanOrder.objects.create(
-        at=timezone.now(), action=action, worker_id=worker_id, value=value, by=by
-    )
+    order = made(action, by, worker_id, value)
+    order.save()
+    return order
 
 
 def note_mode(mode: domain.PlannerMode, by: str) -> None:
@@ -131,28 +142,29 @@ class OrderDesk:
             self._fleet.handle(domain.PlannerOrdered(await self._writer.call(mode), ""))
             self._is_mode_known = True
         for order in await self._writer.call(_take):
-            answer, is_done = self._carry_out(order)
+            answer, is_done = carry_out(self._fleet, order)
             logger.info("plan order=%s by=%s answer=%s", order, order.by, answer)
             await self._writer.call(_answer, order.pk, answer, is_done)
 
-    def _carry_out(self, order: PlanOrder) -> tuple[str, bool]:
-        """What came of it, and whether it was done."""
-        event = _event(order)
-        if event is None:
-            return f"unknown order {order}", False
-        before = self._fleet.view()
-        workers = {worker.worker_id: worker for worker in before.workers}
-        if order.worker_id and order.worker_id not in workers:
-            return f"no worker {order.worker_id}", False
-        self._fleet.handle(event)
-        after = self._fleet.view()
-        if order.action in MODES:
-            return f"the planner's mode is {after.planner_mode}", True
-        if order.action == "drain":
-            return f"{order.worker_id} drains", True
-        if after.plans[:1] == before.plans[:1]:
-            return _unchanged(order, workers.get(order.worker_id)), False
-        return after.plans[0].reason, True
+
+def carry_out(fleet: Fleet, order: PlanOrder) -> tuple[str, bool]:
+    """What came of it, and whether it was done. On the server's event loop."""
+    event = _event(order)
+    if event is None:
+        return f"unknown order {order}", False
+    before = fleet.view()
+    workers = {worker.worker_id: worker for worker in before.workers}
+    if order.worker_id and order.worker_id not in workers:
+        return f"no worker {order.worker_id}", False
+    fleet.handle(event)
+    after = fleet.view()
+    if order.action in MODES:
+        return f"the planner's mode is {after.planner_mode}", True
+    if order.action == "drain":
+        return f"{order.worker_id} drains", True
+    if after.plans[:1] == before.plans[:1]:
+        return _unchanged(order, workers.get(order.worker_id)), False
+    return after.plans[0].reason, True
 
 
 def _unchanged(order: PlanOrder, worker: domain.WorkerView | None) -> str:
@@ -188,4 +200,4 @@ def _take() -> list[PlanOrder]:
 
 def _answer(order_id: int, answer: str, is_done: bool) -> None:
     state = "done" if is_done else "refused"
-    PlanOrder.objects.filter(pk=order_id).update(state=state, answer=answer[:500])
+    PlanOrder.objects.filter(pk=order_id).update(state=state, answer=answer[:ANSWER_MAX])

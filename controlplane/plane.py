@@ -18,7 +18,7 @@ from controlplane.gpuledger import GpuLedger, GpuView
 from controlplane.harvest import HarvestMeter, cost_tokens
 from controlplane.ledger import AccountView, RateView
 from controlplane.overload import OverloadView
-from controlplane.planner import Planner
+from controlplane.planner import Planner, SplitView
 from controlplane.plans import Plans
 from controlplane.prefixes import PrefixIndex
 from controlplane.registry import Registry, Worker
@@ -143,6 +143,10 @@ class ControlPlane:
     def overload(self) -> OverloadView:
         """The rung of the overload ladder and its signals."""
         return self._requests.overload.view()
+
+    def splits(self, now_s: float) -> tuple[SplitView, ...]:
+        """Prefill and decode workers of each model, with what the forecast asks for."""
+        return self._planner.splits(now_s, self._registry.workers.values())
 
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit, model by model, were they set now."""

@@ -9,7 +9,7 @@ correction does not just take from. Source: algorithms.md 2e.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -22,7 +22,9 @@ from controlplane.registry import Worker
 from controlplane.sizing import (
     BUSY_MAX,
     DECODE_SHARE,
+    DecodeLoad,
     ModelLoad,
+    PromptLoad,
     Station,
     Strain,
     decode_workers,
@@ -64,6 +66,27 @@ class Shift:
     worker: Worker
     model_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Workers that the forecast asks for, and the load that it expects."""
+
+    prefill: int
+    others: int
+    prompts: PromptLoad  # long ones
+    outputs: DecodeLoad
+
+
+@dataclass(frozen=True, slots=True)
+class SplitView:
+    """How the live workers of one model are divided, and how the forecast would divide them."""
+
+    model_id: str
+    num_prefill: int
+    num_others: int  # decode and mixed
+    needs: Needs | None  # None: too little seen for a forecast
+    horizon_s: float  # of the forecast
 
 
 @dataclass(slots=True)
@@ -210,34 +233,36 @@ class Planner:
         """What each served model is asked for, or will be by the time that a new worker helps."""
         return {name: demand.load(now_s, NODE_LEVEL) for name, demand in self._demands.items()}
 
+    def splits(self, now_s: float, workers: Iterable[Worker]) -> tuple[SplitView, ...]:
+        """Of each model that a live worker serves."""
+        live = [worker for worker in workers if worker.status == "live"]
+        views = []
+        for model_id in sorted({model.model_id for item in live for model in item.hello.models}):
+            members = serving(live, model_id)
+            num_prefill = sum(worker.role == "prefill" for worker in members)
+            views.append(
+                SplitView(
+                    model_id,
+                    num_prefill,
+                    len(members) - num_prefill,
+                    self._needs(now_s, model_id, members),
+                    self.config.forecast_horizon_s,
+                )
+            )
+        return tuple(views)
+
     # --- roles: the forecast's floor
 
     def _floor(self, now_s: float, model_id: str, live: Sequence[Worker]) -> list[Flip]:
         """Workers towards what the forecast needs, when it has asked for that long enough and the
         other side can spare them."""
-        demand = self._demands.get(model_id)
-        if demand is None:
-            return []
-        demand.advance(now_s)
-        if not demand.has_history or not demand.has_sizes:
+        needs = self._needs(now_s, model_id, live)
+        if needs is None:
             return []
         prefillers = [worker for worker in live if worker.role == "prefill"]
         decoders = [worker for worker in live if worker.role != "prefill"]
-        prompts = demand.prompts(demand.long.upper(), True)
-        outputs = demand.outputs(demand.all.upper())
-        corrections = demand.corrections()
-        transfer_s = self.config.transfer_setup_s
-        need_prefill = prefill_workers(prompts, demand.ttft_s, transfer_s, corrections)
-        need_decode = max(
-            decode_workers(
-                outputs,
-                worker.step_model,
-                DECODE_SHARE * demand.itl_s,
-                worker.kv_tokens,
-                corrections,
-            )
-            for worker in decoders[:1] or live[:1]
-        )
+        need_prefill, need_decode = needs.prefill, needs.others
+        prompts, outputs = needs.prompts, needs.outputs
         role: Role | None = None
         if need_prefill > len(prefillers) and len(decoders) > max(1, need_decode):
             role, missing = "prefill", need_prefill - len(prefillers)
@@ -261,6 +286,33 @@ class Planner:
         )
         pool = decoders if role == "prefill" else prefillers
         return self._movers(now_s, pool, role, min(missing, spare), len(live), reason)
+
+    def _needs(self, now_s: float, model_id: str, live: Sequence[Worker]) -> Needs | None:
+        """What the forecast asks of the workers that serve the model."""
+        demand = self._demands.get(model_id)
+        if demand is None:
+            return None
+        demand.advance(now_s)
+        if not demand.has_history or not demand.has_sizes:
+            return None
+        prompts = demand.prompts(demand.long.upper(), True)
+        outputs = demand.outputs(demand.all.upper())
+        corrections = demand.corrections()
+        model = next((item for item in live if item.role != "prefill"), live[0])
+        return Needs(
+            prefill=prefill_workers(
+                prompts, demand.ttft_s, self.config.transfer_setup_s, corrections
+            ),
+            others=decode_workers(
+                outputs,
+                model.step_model,
+                DECODE_SHARE * demand.itl_s,
+                model.kv_tokens,
+                corrections,
+            ),
+            prompts=prompts,
+            outputs=outputs,
+        )
 
     # --- roles: the fast correction
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from typing import Any
 
-from console import livefeed, state
+from console import livefeed, plans, state
+from console.models import PlanOrder
 from controlplane import domain
 from controlplane.contracts import Preview
 from controlplane.ledger import AccountView
@@ -67,6 +68,23 @@ def refresh() -> None:
     current = state.get()
     if current is not None:
         current.snapshot.refresh()
+
+
+def plan(order: PlanOrder) -> PlanOrder:
+    """Carry out an order to the planner here and now; it is stored with what came of it."""
+    current = state.get()
+    outcome: tuple[str, bool] | None = None
+    if current is not None:
+
+        async def act(server: state.ServerState) -> tuple[str, bool]:
+            return plans.carry_out(server.fleet, order)
+
+        outcome = _ask(current, act, current)
+    answer, is_done = (plans.NO_SERVER, False) if outcome is None else outcome
+    order.state = "done" if is_done else "refused"
+    order.answer = answer[: plans.ANSWER_MAX]
+    order.save()
+    return order
 
 
 def order(event: domain.RoleOrdered | domain.DrainOrdered) -> bool:

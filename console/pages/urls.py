@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from console.pages import batches, keys, overview, playground, requests, workers
+from console.pages import batches, keys, overview, playground, requests, split, workers
 
 app_name = "pages"
 
@@ -16,6 +16,8 @@ urlpatterns = [
     path("workers/add/", workers.add, name="workers_add"),
     path("workers/<str:worker_id>/role/", workers.flip, name="worker_flip"),
     path("workers/<str:worker_id>/drain/", workers.drain, name="worker_drain"),
+    path("split/", split.split, name="split"),
+    path("split/<str:action>/", split.order, name="split_order"),
     path("playground/", playground.playground, name="playground"),
     path("playground/key/", playground.key, name="playground_key"),
     path("keys/", keys.keys, name="keys"),

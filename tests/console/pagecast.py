@@ -6,7 +6,15 @@ from django.contrib.auth import get_user_model
 from django.test import Client
 from django.utils import timezone
 
-from console.models import Batch, BatchLine, File, RequestRecord, SLOClassRow, Tenant
+from console.models import (
+    Batch,
+    BatchLine,
+    File,
+    PlanRecord,
+    RequestRecord,
+    SLOClassRow,
+    Tenant,
+)
 from console.models.fleet import ensure_default_classes
 
 CANDIDATE = {
@@ -125,6 +133,18 @@ def make_record(request_id="r1", **changes):
         "decision": EXPLAINED,
     }
     return RequestRecord.objects.create(request_id=request_id, **(values | changes))
+
+
+def make_plan(**changes):
+    values = {
+        "at": timezone.now(),
+        "worker_id": "w1",
+        "role_before": "prefill",
+        "role_after": "decode",
+        "by": "planner",
+        "reason": "long prompts ended",
+    }
+    return PlanRecord.objects.create(**(values | changes))
 
 
 def make_tenant(slug="acme"):

@@ -26,9 +26,12 @@ PAGES = {
     "key_add": (),
     "key_rotate": ("KEY00000",),
     "key_revoke": ("KEY00000",),
+    "split": (),
+    "split_order": ("shadow",),
     "request": ("r1",),
     "batch": ("batch_0",),
 }
+CHARTED = ("overview", "split")
 ALL = sorted(PAGES)
 
 
@@ -82,7 +85,7 @@ def test_scripts_come_from_files_of_this_host_only(operator, name):
     response = operator.get(address(name))
     policy = response["content-security-policy"]
     assert "script-src 'self';" in policy
-    assert ("style-src-attr 'unsafe-inline'" in policy) == (name == "overview")
+    assert ("style-src-attr 'unsafe-inline'" in policy) == (name in CHARTED)
     text = response.content.decode()
     assert not re.findall(r"<script(?![^>]*\bsrc=\"/static/)", text)
     assert not re.findall(r"\s(?:style|on[a-z]+|hx-on[^=]*|hx-vars|hx-vals)=", text)
@@ -103,7 +106,7 @@ def test_every_table_has_a_caption_and_every_field_a_label(operator, name):
         assert opened or "aria-label" in tag, field_id
 
 
-@pytest.mark.parametrize("name", ["overview", "requests", "workers"])
+@pytest.mark.parametrize("name", ["overview", "requests", "workers", "split"])
 def test_a_live_page_opens_exactly_one_socket_and_can_be_paused(operator, name):
     text = operator.get(address(name)).content.decode()
     assert text.count("ws-connect=") == 1 and 'id="pause"' in text
