@@ -103,6 +103,20 @@ class PlanFilter(forms.Form):
         return made
 
 
+class TenantFilter(forms.Form):
+    """One tenant only, in the query string."""
+
+    tenant = forms.CharField(
+        label="Tenant",
+        required=False,
+        max_length=64,
+        widget=forms.TextInput(attrs={"data-filter": "", "placeholder": "all tenants"}),
+    )
+
+    def tenant_id(self) -> str:
+        return self.cleaned_data.get("tenant", "") if self.is_valid() else ""
+
+
 class AddWorkerForm(forms.Form):
     """What the join command shall say. The token is made when this is sent."""
 

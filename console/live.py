@@ -203,7 +203,7 @@ class LiveStats:
         for sums in (self._rates, self._tokens, self._busy_s):
             sums.expire(now_s)
         view = self._view()
-        rows = [stats.row(now_s) for slo in self._classes() if (stats := self._stats(slo.name))]
+        rows = self.class_rows(now_s)
         lanes = ("interactive", "batch")
         usd = [
             costs.usd_per_million(busy_s, self._gpu_hour_usd, int(num_tokens))
@@ -222,6 +222,10 @@ class LiveStats:
             "running": sum(request.phase != "queued" for request in view.requests),
             "counters": dict(self._totals),
         }
+
+    def class_rows(self, now_s: float) -> list[dict[str, Any]]:
+        """How each class's promise was kept in the last WINDOW_S."""
+        return [stats.row(now_s) for slo in self._classes() if (stats := self._stats(slo.name))]
 
     def _stats(self, class_name: str) -> ClassStats | None:
         """The statistics of a class, begun anew when its targets changed; None for no class."""

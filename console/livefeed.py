@@ -9,7 +9,7 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -96,7 +96,12 @@ def charts(frame: dict[str, Any]) -> dict[str, list[float | None]]:
                 percent = None if value_ms is None else 100 * value_ms / row[f"{name}_target_ms"]
                 promise.append(None if percent is None else round(percent, 2))
     rates = frame["tokens_per_s"]
-    return {"tokens": [rates["interactive"], rates["batch"]], "promise": promise}
+    queues = [frame["queued"].get(row["name"], 0) for row in frame["classes"]]
+    return {
+        "tokens": [rates["interactive"], rates["batch"]],
+        "promise": promise,
+        "queues": queues,
+    }
 
 
 def shape_of(*values: Any) -> str:
@@ -160,6 +165,13 @@ def request_rows(view: domain.ClusterView) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def requests_part(
+    current: state.ServerState, query: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """Template and context of the live table that the socket replaces."""
+    return "console/requests_live.html#swap", {"rows": request_rows(current.fleet.view())}
 
 
 class LiveFeed:

@@ -2,14 +2,14 @@
 
 A frame is complete in itself, so a slow page loses old ones: at most UNACKED_MAX frames are on
 their way to it, then it is skipped until it acknowledges, and what it gets next is the newest.
-JSON frames begin with `{`; the rows of live requests come as HTML that htmx swaps out of band.
+JSON frames begin with `{`; tables whose rows come and go are HTML that htmx swaps out of band.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -19,9 +19,14 @@ from django.contrib.auth import SESSION_KEY, get_user_model
 from django.contrib.sessions.backends.db import SessionStore
 from django.template.loader import render_to_string
 
-from console import livefeed, state
+from console import livefeed, queueview, state
 
-TOPICS = ("overview", "requests")
+Part = Callable[[state.ServerState, Mapping[str, str]], tuple[str, dict[str, Any]]]
+PARTS: dict[str, Part] = {  # topics with HTML of their own: template and context, without a query
+    "requests": livefeed.requests_part,
+    "queues": queueview.part,
+}
+TOPICS = ("overview", *PARTS)
 UNACKED_MAX = 3  # frames
 SOCKETS_MAX = 256  # open pages of one server process
 MESSAGE_BYTES_MAX = 256  # an acknowledgement is far smaller
@@ -56,7 +61,7 @@ class LiveSocket:
             LiveSocket.num_open += 1
             try:
                 session_key = scope["session"].session_key
-                await _serve(current, topics_of(scope), session_key, receive, send)
+                await _serve(current, topics_of(scope), query_of(scope), session_key, receive, send)
             finally:
                 LiveSocket.num_open -= 1
 
@@ -68,9 +73,16 @@ def topics_of(scope: dict[str, Any]) -> tuple[str, ...]:
     return tuple(topic for topic in TOPICS if topic in asked)
 
 
+def query_of(scope: dict[str, Any]) -> dict[str, str]:
+    """What else the page's address says: filters that the rows keep to."""
+    query = parse_qs(scope.get("query_string", b"").decode("latin1"))
+    return {name: values[-1] for name, values in query.items()}
+
+
 async def _serve(
     current: state.ServerState,
     topics: tuple[str, ...],
+    query: Mapping[str, str],
     session_key: str,
     receive: Receive,
     send: Send,
@@ -81,7 +93,7 @@ async def _serve(
         asyncio.ensure_future(work)
         for work in (
             _read(receive, window),
-            _write(current, topics, window, send),
+            _write(current, topics, query, window, send),
             _watch_session(session_key),
         )
     ]
@@ -134,7 +146,11 @@ async def _read(receive: Receive, window: _Window) -> int:
 
 
 async def _write(
-    current: state.ServerState, topics: tuple[str, ...], window: _Window, send: Send
+    current: state.ServerState,
+    topics: tuple[str, ...],
+    query: Mapping[str, str],
+    window: _Window,
+    send: Send,
 ) -> int:
     feed = await livefeed.feed_of(current)
     seq = 0
@@ -146,11 +162,11 @@ async def _write(
         if newest is None:
             return CLOSE_INTERNAL
         seq, text = newest
-        if "requests" in topics:
-            rows = livefeed.request_rows(current.fleet.view())
-            html = await sync_to_async(render_to_string, thread_sensitive=False)(
-                "console/requests_live.html#swap", {"rows": rows}
-            )
+        for topic in topics:
+            if topic not in PARTS:
+                continue
+            template, context = PARTS[topic](current, query)
+            html = await sync_to_async(render_to_string, thread_sensitive=False)(template, context)
             await send({"type": "websocket.send", "text": html.strip()})
         await send({"type": "websocket.send", "text": text})
         window.send(seq)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from typing import Any
 
-from console import livefeed, plans, state
+from console import livefeed, plans, queueview, state
 from console.models import PlanOrder
 from controlplane import domain
 from controlplane.contracts import Preview
@@ -32,6 +32,16 @@ def view() -> domain.ClusterView | None:
 
     async def read(server: state.ServerState) -> domain.ClusterView:
         return server.fleet.view()
+
+    return None if current is None else _ask(current, read, current)
+
+
+def queues(tenant_id: str) -> dict[str, Any] | None:
+    """Who waits and how promises stand, see console.queueview."""
+    current = state.get()
+
+    async def read(server: state.ServerState) -> dict[str, Any]:
+        return queueview.context(server, tenant_id)
 
     return None if current is None else _ask(current, read, current)
 

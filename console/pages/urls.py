@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from console.pages import batches, keys, overview, playground, requests, split, workers
+from console.pages import batches, keys, overview, playground, queues, requests, split, workers
 
 app_name = "pages"
 
@@ -12,6 +12,7 @@ urlpatterns = [
     path("requests/", requests.live, name="requests"),
     path("requests/history/", requests.history, name="history"),
     path("requests/<str:request_id>/", requests.detail, name="request"),
+    path("queues/", queues.queues, name="queues"),
     path("workers/", workers.workers, name="workers"),
     path("workers/add/", workers.add, name="workers_add"),
     path("workers/<str:worker_id>/role/", workers.flip, name="worker_flip"),

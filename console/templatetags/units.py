@@ -17,6 +17,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 STATUS_WORDS = {  # status -> (icon in _icons.html, word)
     "ok": ("ok", "ok"),
     "missed": ("missed", "missed"),
+    "burning": ("warn", "burning"),
     "no_data": ("none", "no data"),
     "live": ("ok", "live"),
     "suspect": ("warn", "suspect"),

@@ -93,6 +93,7 @@ def test_chart_values_follow_the_order_of_the_classes_and_leave_batch_out():
     assert livefeed.charts(make_frame(rows)) == {
         "tokens": [12.5, 3.0],
         "promise": [50.0, 50.0, None, None],
+        "queues": [2, 1, 0],
     }
 
 

@@ -26,12 +26,13 @@ PAGES = {
     "key_add": (),
     "key_rotate": ("KEY00000",),
     "key_revoke": ("KEY00000",),
+    "queues": (),
     "split": (),
     "split_order": ("shadow",),
     "request": ("r1",),
     "batch": ("batch_0",),
 }
-CHARTED = ("overview", "split")
+CHARTED = ("overview", "queues", "split")
 ALL = sorted(PAGES)
 
 
@@ -106,7 +107,7 @@ def test_every_table_has_a_caption_and_every_field_a_label(operator, name):
         assert opened or "aria-label" in tag, field_id
 
 
-@pytest.mark.parametrize("name", ["overview", "requests", "workers", "split"])
+@pytest.mark.parametrize("name", ["overview", "requests", "workers", "split", "queues"])
 def test_a_live_page_opens_exactly_one_socket_and_can_be_paused(operator, name):
     text = operator.get(address(name)).content.decode()
     assert text.count("ws-connect=") == 1 and 'id="pause"' in text

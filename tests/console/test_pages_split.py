@@ -51,6 +51,12 @@ def test_each_model_has_its_workers_by_side(operator, server):
     assert "No forecast yet" in text and "the planner acts" in text
 
 
+def test_the_live_part_is_one_element_that_replaces_itself(operator, server):
+    text = operator.get("/split/", {"part": "now"}).content.decode().strip()
+    assert text.startswith('<div id="split-now"') and text.endswith("</div>")
+    assert "<html" not in text and "Override" in text
+
+
 def test_without_a_server_the_page_says_so(operator):
     text = operator.get("/split/").content.decode()
     assert "does not run in this process" in text and "No live worker" in text
