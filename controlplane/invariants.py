@@ -35,6 +35,7 @@ class _Life:
     key: ContractKey | None = None
     tier: str = ""  # as its worker was told in this epoch
     held_by: set[str] = field(default_factory=set)  # every worker that was ever given it
+    links: "dict[str, _Link]" = field(default_factory=dict)  # through which it went there last
     num_deaths: int = 0  # of those
     num_moved: int = 0  # off workers that were lost or failed it
     num_replaced: int = 0  # before its start
@@ -112,8 +113,11 @@ class Watch:
         """A worker spoke. What an older incarnation says moves nothing."""
         link = self._links.get(event.worker_id)
         if link is None or link.epoch != event.epoch or not link.is_open:
-            moved = [item for item in commands if isinstance(item, domain.FailoverCounted)]
-            assert not moved, f"I9: {event} of an older epoch moves {moved[0]}"
+            for item in commands:  # what its worker lost before may find room just now
+                if isinstance(item, domain.FailoverCounted) and item.from_worker == event.worker_id:
+                    held_on = self._lives[item.request_id].links.get(event.worker_id)
+                    is_lost = held_on is not link or link is None or not link.is_open
+                    assert is_lost, f"I9: {event} of an older epoch moves {item}"
             return
         link.heard_at_s = now_s
         match event.message:
@@ -202,6 +206,7 @@ class Watch:
         life.stages.append(command.stage)
         life.tier = command.tier
         life.held_by.add(worker_id)
+        life.links[worker_id] = link
         if life.waits_since_s is not None:
             waited_s, limit_s = now_s - life.waits_since_s, _wait_s_max(life.request)
             assert waited_s <= limit_s + SLACK_S, f"I12: {name} started after {waited_s:.1f} s"

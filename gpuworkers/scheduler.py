@@ -103,6 +103,7 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     if floor_s > FULL_SHARE * online_target_s:
         due_s = now_s + SKIP_TARGETS * online_target_s
         must = [sequence for sequence in decoding if sequence.next_token_due_at_s() < due_s]
+        must = must or list(decoding)  # where all could wait, none has anybody to wait for
         draft = _Draft()
         draft.add_decodes(must, _context_tokens(must))
     num_decodes = len(draft.rows)

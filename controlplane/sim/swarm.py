@@ -16,6 +16,7 @@ from controlplane.sim.scenario import Arrival, Fault, Scenario
 
 CONVERGE_S = 30.0  # after healing, every member is live and what moved has moved (I19)
 END_S = 400.0  # by then all work has ended
+CLOSING = ("kill", "cut", "goodbye")  # faults that end a connection; a goodbye may get lost
 FLOOD_REQUESTS = 25
 ENDS = frozenset(
     {
@@ -97,7 +98,7 @@ class History:
         self._shared = [chance.randrange(50_000) for _ in range(scenarios.SHARED_TOKENS)]
         self._num_joined = self._num_floods = 0
         # Two deaths by chance look like poison.
-        self._has_kills = any(fault.kind in ("kill", "cut") for fault in scenario.faults)
+        self._has_kills = any(fault.kind in CLOSING for fault in scenario.faults)
 
     def play(self) -> None:
         cluster, events = self.cluster, self.cluster.events

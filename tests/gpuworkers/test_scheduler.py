@@ -185,6 +185,17 @@ def test_a_loose_row_skips_a_step_that_strict_decodes_fill():
     assert loose in [row.sequence for row in planned(SchedulerState((*strict[:20], loose))).rows]
 
 
+def test_where_every_row_could_wait_all_of_them_run():
+    """Resumed here, with the first token's deadline far away; one step takes nearly the target."""
+    resumed = decode("resumed", targets=ClassTargets("slow step", 0, 10.0, 0.016))
+    resumed.last_token_at_s = None
+    result = planned(SchedulerState((resumed,)))
+    assert result.features.rows == 1
+    step_s = LatencyModel(MODEL).plan_s(result.features)
+    assert scheduler.FULL_SHARE * result.online_target_s < step_s
+    assert [row.sequence for row in result.rows] == [resumed]
+
+
 def test_host_time_is_taken_off_both_targets():
     model = LatencyModel(MODEL)
     for _ in range(2000):
