@@ -111,6 +111,8 @@ def _check_batch(
     for item in state.prefilling:
         if item.key not in online:  # not for the batch rows: it did not fit before them
             count = min(item.pending_tokens, scheduler.CHUNK_TOKENS_MIN)
+            if alone.rows + count > policy.step_tokens_max:
+                continue
             with_it_s = model.plan_s(alone.with_tokens(item.computed_tokens, count))
             assert with_it_s > plan.online_target_s - EPSILON_S, (
                 f"I10: batch runs and {item.key} does not, {with_it_s:.3f} s with it"
