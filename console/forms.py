@@ -46,6 +46,9 @@ class HistoryFilter(forms.Form):
         choices=_choices("any placement", ("local", "handoff")),
     )
     tenant = forms.CharField(label="Tenant", required=False, max_length=64)
+    key = forms.CharField(label="Key id", required=False, max_length=8)
+    model = forms.CharField(label="Model", required=False, max_length=128)
+    reason = forms.CharField(label="Reason", required=False, max_length=64)
     worker = forms.CharField(label="Worker", required=False, max_length=64)
 
     def __init__(self, query: QueryDict, class_names: list[str]) -> None:
@@ -56,6 +59,7 @@ class HistoryFilter(forms.Form):
             label="Class", required=False, choices=_choices("any class", class_names)
         )
         self.fields["demo"] = forms.BooleanField(label="with demo history", required=False)
+        self.fields["reason"].widget.attrs["placeholder"] = "queue_full, stop …"
         self.fields["q"].widget.attrs.update({"data-filter": "", "placeholder": "starts with …"})
         for name in ("range", "status", "split", "class", "demo"):
             self.fields[name].widget.attrs["data-submit"] = ""

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db.models import Q, QuerySet
+from django.db.models import Count, Max, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.utils import timezone
@@ -23,8 +23,19 @@ from console.pages import cluster
 PAGE_ROWS = 50
 RECENT_ROWS = 15
 COUNT_MAX = 10_000  # rows counted and exported; more reads "more than"
+ERROR_STATUSES = ("failed", "rejected", "expired")
+ERRORS_SHOWN = 8  # groups
 EXPORT_FIELDS = (
-    *("request_id", "tenant_id", "class_name", "model_id", "endpoint", "status", "finish_reason"),
+    *(
+        "request_id",
+        "tenant_id",
+        "key_id",
+        "class_name",
+        "model_id",
+        "endpoint",
+        "status",
+        "finish_reason",
+    ),
     *("error_code", "arrived_at", "queue_ms", "ttft_ms", "itl_ms_mean", "itl_ms_p99", "e2e_ms"),
     *("prompt_tokens", "cached_tokens", "output_tokens", "split", "prefill_worker"),
     *("decode_worker", "failovers", "is_demo_history"),
@@ -69,6 +80,7 @@ def history(request: HttpRequest) -> HttpResponse:
         "query": query_of(request),
         "older": query_of(request, cursor(rows[PAGE_ROWS - 1])) if len(rows) > PAGE_ROWS else "",
         "filters": filters,
+        "errors": errors(request, found),
     }
     is_part = bool(getattr(request, "htmx", False))
     return render(request, f"console/requests_history.html{'#results' if is_part else ''}", context)
@@ -87,9 +99,45 @@ def matching(filters: dict[str, Any], now: datetime) -> QuerySet[RequestRecord]:
     if filters.get("worker"):
         worker = filters["worker"]
         found = found.filter(Q(prefill_worker=worker) | Q(decode_worker=worker))
-    columns = {"status": "status", "split": "split", "tenant": "tenant_id", "class": "class_name"}
+    if filters.get("reason"):
+        reason = filters["reason"]
+        found = found.filter(Q(error_code=reason) | Q(error_code="", finish_reason=reason))
+    columns = {
+        "status": "status",
+        "split": "split",
+        "tenant": "tenant_id",
+        "class": "class_name",
+        "key": "key_id",
+        "model": "model_id",
+    }
     given = {column: filters[name] for name, column in columns.items() if filters.get(name)}
     return found.filter(**given)
+
+
+def errors(request: HttpRequest, found: QuerySet[RequestRecord]) -> list[dict[str, Any]]:
+    """What went wrong among the newest COUNT_MAX, by status and reason, most frequent first; each
+    with the query string that leaves only it."""
+    ended_badly = found.filter(status__in=ERROR_STATUSES)
+    newest = ended_badly.order_by("-arrived_at", "-id").values("pk")[:COUNT_MAX]
+    groups = (
+        RequestRecord.objects.filter(pk__in=newest)
+        .order_by()
+        .values("status", "error_code")
+        .annotate(
+            n=Count("pk"),
+            tenants=Count("tenant_id", distinct=True),
+            newest=Max("arrived_at"),
+        )
+        .order_by("-n", "status", "error_code")[:ERRORS_SHOWN]
+    )
+    kept = {name: value for name, value in request.GET.items() if name not in ("before", "format")}
+    return [
+        {
+            **row,
+            "query": urlencode({**kept, "status": row["status"], "reason": row["error_code"]}),
+        }
+        for row in groups
+    ]
 
 
 def cursor(record: RequestRecord) -> str:

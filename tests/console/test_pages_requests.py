@@ -42,6 +42,10 @@ def test_history_shows_the_newest_first(operator):
         ({"tenant": "umbrella"}, ["other"]),
         ({"split": "local"}, ["near"]),
         ({"worker": "w9"}, ["near"]),
+        ({"key": "KEY00009"}, ["keyed"]),
+        ({"model": "large"}, ["keyed"]),
+        ({"reason": "length"}, ["keyed"]),
+        ({"reason": "queue_full"}, ["full"]),
         ({"q": "oth"}, ["other"]),
         ({"q": "ther"}, []),
         ({"range": "15m", "q": "slow"}, []),
@@ -58,7 +62,30 @@ def test_a_filter_in_the_address_leaves_only_what_passes(operator, query, found)
     make_record("other", tenant_id="umbrella")
     make_record("near", split="local", prefill_worker="w9", decode_worker="w9")
     make_record("demo", is_demo_history=True)
+    make_record("keyed", key_id="KEY00009", model_id="large", finish_reason="length")
+    make_record("full", status="rejected", error_code="queue_full", finish_reason="length")
     assert ids(operator, **query) == found
+
+
+def test_errors_are_grouped_by_status_and_reason_and_link_to_their_rows(operator):
+    for index in range(3):
+        make_record(f"r{index}", status="rejected", error_code="queue_full")
+    make_record("late", status="expired", error_code="queue_timeout", tenant_id="umbrella")
+    make_record("fine")
+    first, second = operator.get(HISTORY, {"range": "1h"}).context["errors"]
+    assert (first["error_code"], first["n"], first["tenants"]) == ("queue_full", 3, 1)
+    assert (second["status"], second["n"]) == ("expired", 1)
+    rows = operator.get(f"{HISTORY}?{second['query']}").context["rows"]
+    assert [row.request_id for row in rows] == ["late"]
+    assert "range=1h" in second["query"]
+
+
+def test_queries_of_the_history_do_not_grow_with_rows(operator, django_assert_num_queries):
+    for size in (1, 30):
+        for index in range(size):
+            make_record(f"s{size}-{index}", status="failed", error_code=f"e{index}")
+        with django_assert_num_queries(6):  # session, user, classes, count, rows, errors
+            operator.get(HISTORY)
 
 
 def test_filters_keep_their_values_on_the_page(operator):
