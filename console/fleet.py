@@ -8,6 +8,7 @@ journal, so that the gateway sees each output id once and in order, whichever wo
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 RESEND_AFTER_S = 0.5  # a gap in a request's output older than this is asked for again
 STALLED_AFTER_S = 2.0  # and older than this moves the request to another worker
 REQUESTS_MAX = 16_384  # running and queued; the plane's queues are smaller
+REFUSALS_KEPT = 50  # workers that were not let in; the newest
 LINKS_MAX = 4_096  # open worker connections
 CLOSE_RESTARTING = 1012
 GAVE_UP = ("error", "cancelled")  # ends of a sequence that are no end of the output
@@ -49,6 +51,7 @@ class Connection:
     link: WorkerLink
     worker_id: str = ""
     epoch: int = 0
+    name: str = ""  # as its Hello says
 
 
 class Fleet:
@@ -66,6 +69,7 @@ class Fleet:
         self.backend: LocalFleet | None = None  # starts and stops workers for the plan
         self.live: LiveStats | None = None  # set once by serve: LiveStats reads this fleet's view
         self.num_ticks = 0
+        self.refusals: deque[tuple[str, str]] = deque(maxlen=REFUSALS_KEPT)  # name, reason
         self._plane = plane
         self._metrics = metrics
         self._records = FleetRecords(writer.put)
@@ -158,11 +162,13 @@ class Fleet:
             connection.link.close(CLOSE_RESTARTING, "the console restarts")
 
     def _hello(self, connection_id: str, connection: Connection, hello: protocol.Hello) -> None:
+        connection.name = hello.name
         refusal = "" if hello.token is None else self._join_tokens.refusal(hello.token)
         if hello.token is None and hello.resume is None:
             refusal = "a join token is missing"
         if refusal:
             logger.warning("worker refused name=%s reason=%s", hello.name, refusal)
+            self.refusals.append((hello.name, refusal))
             connection.link.send(protocol.Refused(refusal))
             connection.link.close(CLOSE_POLICY, "join token")
             return
@@ -372,6 +378,7 @@ class Fleet:
         connection.link.send(message)
         if isinstance(message, protocol.Refused):
             logger.warning("worker refused connection=%s reason=%s", connection_id, message.reason)
+            self.refusals.append((connection.name, message.reason))
             connection.link.close(CLOSE_POLICY, "refused")
             return
         former_id = self._connection_of.get(message.worker_id)

@@ -257,8 +257,10 @@ def worker_row(worker: domain.WorkerView) -> dict[str, Any]:
         "kv_used_ratio": None,
         "running": None,
         "waiting": None,
+        "online_rows": None,
         "batch_rows": None,
         "step_ms": None,
+        "predicted_ms": None,
     }
     if load is not None:
         used_blocks = load.kv_blocks_total - load.kv_blocks_free - load.kv_blocks_cached
@@ -267,8 +269,10 @@ def worker_row(worker: domain.WorkerView) -> dict[str, Any]:
             "kv_used_ratio": used_blocks / load.kv_blocks_total if load.kv_blocks_total else 0.0,
             "running": load.running_online + load.running_batch,
             "waiting": load.waiting_online + load.waiting_batch,
+            "online_rows": load.rows_online if is_busy else 0,
             "batch_rows": load.rows_batch if is_busy else 0,
             "step_ms": milliseconds(load.measured_s) if is_busy else 0.0,
+            "predicted_ms": milliseconds(load.predicted_s) if is_busy else 0.0,
         }
     return row
 

@@ -19,12 +19,13 @@ from django.contrib.auth import SESSION_KEY, get_user_model
 from django.contrib.sessions.backends.db import SessionStore
 from django.template.loader import render_to_string
 
-from console import livefeed, queueview, state
+from console import livefeed, queueview, state, workerview
 
 Part = Callable[[state.ServerState, Mapping[str, str]], tuple[str, dict[str, Any]]]
 PARTS: dict[str, Part] = {  # topics with HTML of their own: template and context, without a query
     "requests": livefeed.requests_part,
     "queues": queueview.part,
+    "worker": workerview.part,
 }
 TOPICS = ("overview", *PARTS)
 UNACKED_MAX = 3  # frames

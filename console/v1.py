@@ -182,7 +182,7 @@ class V1:
             await idempotency.replay(exchange, begun)
             return None
         try:
-            with services.running.running(key.public_id) as stop:
+            with services.running.running(key.public_id, exchange.request_id) as stop:
                 return await self._run(
                     exchange, services, snapshot, key, raw, endpoint, parse, stop
                 )

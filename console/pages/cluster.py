@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CallTimeout
 from typing import Any
 
-from console import livefeed, plans, queueview, state
+from console import livefeed, plans, queueview, state, workerview
 from console.models import PlanOrder
 from controlplane import domain
 from controlplane.contracts import Preview
@@ -44,6 +44,41 @@ def queues(tenant_id: str) -> dict[str, Any] | None:
         return queueview.context(server, tenant_id)
 
     return None if current is None else _ask(current, read, current)
+
+
+def cancel(request_id: str) -> bool:
+    """End a request that runs in `/v1`; False when it does not."""
+    current = state.get()
+
+    async def act(server: state.ServerState) -> bool:
+        return server.running.cancel(request_id)
+
+    return current is not None and _ask(current, act, current) is True
+
+
+def worker_page(worker_id: str) -> dict[str, Any] | None:
+    """One worker in detail, see console.workerview; None when it is not known."""
+    current = state.get()
+
+    async def read(server: state.ServerState) -> dict[str, Any] | None:
+        return workerview.context(server, worker_id)
+
+    return None if current is None else _ask(current, read, current)
+
+
+def joining(name: str) -> tuple[domain.WorkerView | None, str]:
+    """The worker of that name, and why the newest that called itself so was refused."""
+    current = state.get()
+
+    async def read(server: state.ServerState) -> tuple[domain.WorkerView | None, str]:
+        fleet = server.fleet
+        known = (item for item in fleet.view().workers if item.name == name)
+        joined = next((item for item in known if item.status != "lost"), None)
+        refused = [why for refused_name, why in fleet.refusals if refused_name == name]
+        return joined, refused[-1] if refused else ""
+
+    found = None if current is None else _ask(current, read, current)
+    return (None, "") if found is None else found
 
 
 def worker(worker_id: str) -> domain.WorkerView | None:

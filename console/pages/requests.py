@@ -6,15 +6,16 @@ import json
 from datetime import datetime
 from typing import Any
 
+from django.contrib import messages
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db.models import Count, Max, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
-from django.shortcuts import render
+from django.shortcuts import redirect, render
 from django.utils import timezone
 from django.utils.http import urlencode
-from django.views.decorators.http import require_safe
+from django.views.decorators.http import require_POST, require_safe
 
-from console import explaining, livefeed, waterfall
+from console import audit, explaining, livefeed, waterfall
 from console.auth import operator_required
 from console.forms import RANGES, HistoryFilter, known_classes
 from console.models import RequestRecord
@@ -211,6 +212,20 @@ def detail(request: HttpRequest, request_id: str) -> HttpResponse:
         **explained_context(explained),
     }
     return render(request, "console/request.html", context)
+
+
+@operator_required
+@require_POST
+def cancel(request: HttpRequest, request_id: str) -> HttpResponse:
+    """End a running request: its client gets an error, its worker stops."""
+    if cluster.cancel(request_id):
+        audit.record(request.user, RequestRecord(), "cancelled", name=request_id)
+        messages.success(request, f"{request_id} is cancelled; its client was told.")
+    else:
+        messages.error(
+            request, f"{request_id} does not run here; a batch line is cancelled with its batch."
+        )
+    return redirect("pages:requests")
 
 
 def running_row(request_id: str) -> dict[str, Any] | None:

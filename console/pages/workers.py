@@ -1,20 +1,25 @@
 """Workers: who they are, what they do, and the orders an operator can give: add, flip, drain."""
 
+import json
+
 from django.contrib import messages
+from django.db.models import Q
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.utils.http import urlencode
 from django.views.decorators.http import require_http_methods, require_safe
 
-from console import audit, jointokens
+from console import audit, jointokens, plans
 from console.auth import operator_required
 from console.forms import AddWorkerForm, RoleForm
+from console.middleware import chart_page
 from console.models import Model, PlanRecord, Worker
 from console.pages import cluster
 from controlplane import domain
 
 PLANS_SHOWN = 20
+CHANGES_SHOWN = 10  # on the page of one worker
 
 
 @operator_required
@@ -48,6 +53,36 @@ def rows(view: domain.ClusterView) -> list[dict[str, object]]:
 
 
 @operator_required
+@chart_page
+@require_safe
+def detail(request: HttpRequest, worker_id: str) -> HttpResponse:
+    """One worker: what it holds, how its steps compare with their predictions, where its time
+    went."""
+    found = cluster.worker_page(worker_id)
+    if found is None:
+        raise Http404(f"no worker {worker_id}")
+    path = f"workers/{worker_id}"
+    context = {
+        **found,
+        "page": "workers",
+        "topics": f"overview,worker&{urlencode({'worker': worker_id})}",
+        "step_paths": json.dumps([f"{path}/step_ms", f"{path}/predicted_ms"]),
+        "row_paths": json.dumps([f"{path}/online_rows", f"{path}/batch_rows"]),
+        "plans": plans.history(CHANGES_SHOWN, Q(worker_id=worker_id)),
+    }
+    return render(request, "console/worker.html", context)
+
+
+@operator_required
+@require_safe
+def joining(request: HttpRequest, name: str) -> HttpResponse:
+    """Has the worker of this name dialled in? A fragment that asks again until it has."""
+    worker, refusal = cluster.joining(name)
+    context = {"name": name, "worker": worker, "refusal": "" if worker else refusal}
+    return render(request, "console/_joining.html", context)
+
+
+@operator_required
 @require_http_methods(["GET", "HEAD", "POST"])
 def add(request: HttpRequest) -> HttpResponse:
     """Make a one-use join token and show the command that a new worker runs; shown once."""
@@ -56,6 +91,7 @@ def add(request: HttpRequest) -> HttpResponse:
     if request.method == "POST" and form.is_valid():
         token = jointokens.mint(form.cleaned_data["name"])
         context["command"] = join_command(request, token, **form.cleaned_data)
+        context["name"] = form.cleaned_data["name"]
         context["life_minutes"] = int(jointokens.LIFE_S // 60)
         audit.record(request.user, Worker(), "made a join token", name=form.cleaned_data["name"])
     return render(request, "console/worker_add.html", context)

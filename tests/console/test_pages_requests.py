@@ -6,6 +6,7 @@ import io
 from datetime import timedelta
 
 import pytest
+from django.contrib.admin.models import LogEntry
 from django.utils import timezone
 
 from console import state, waterfall
@@ -272,3 +273,37 @@ def test_a_request_in_flight_is_on_the_live_page_and_has_a_page(operator, monkey
     assert f'href="/requests/{request_id}/"' in live and "acme" in live
     assert "In flight" in one and request_id in one
     assert "the only worker that could take it" in one
+
+
+def test_a_running_request_is_cancelled_and_its_client_told(operator, monkeypatch):
+    server = PageServer(("mixed",))
+    monkeypatch.setattr(state, "current", server.state)
+    server.state.running = server.memory.services.running
+
+    async def begin():
+        server.memory.worker.gate = asyncio.Event()
+        server.call = asyncio.ensure_future(server.memory.chat(max_tokens=4))
+        while not server.memory.worker.assigned:
+            await asyncio.sleep(0)
+        return server.memory.worker.assigned[0].request_id
+
+    async def end():
+        return await server.call
+
+    request_id = server.do(begin)
+    try:
+        answer = operator.post(f"/requests/{request_id}/cancel/", follow=True).content.decode()
+        client = server.do(end)
+        again = operator.post(f"/requests/{request_id}/cancel/", follow=True).content.decode()
+    finally:
+        server.close()
+    assert "its client was told" in answer and "does not run here" in again
+    assert client.json()["error"]["code"] == "cancelled_by_operator"
+    assert server.memory.worker.cancelled == [request_id]
+    (fact,) = server.memory.request_facts()
+    assert fact.status == "cancelled"
+    assert LogEntry.objects.get().change_message == "cancelled"
+
+
+def test_a_user_who_is_no_operator_cancels_nothing():
+    assert client_of("eve", is_staff=False).post("/requests/r1/cancel/").status_code == 403

@@ -1,17 +1,20 @@
 """Workers: joining, previews of orders, orders that reach the plane, and what is audited."""
 
+import dataclasses
 import re
 
 import pytest
 from django.contrib.admin.models import LogEntry
+from django.template.loader import render_to_string
 
-from console import jointokens, state
+from console import jointokens, livesocket, state, workerview
 from console.models import Model
 from console.pages import workers
+from console.transport import MemoryLink
 from controlplane import domain, protocol
-from tests.console.pagecast import client_of
+from tests.console.pagecast import client_of, make_plan
 from tests.console.pageserver import PageServer
-from tests.factories import make_hello
+from tests.factories import make_hello, make_load
 
 pytestmark = pytest.mark.django_db
 
@@ -66,6 +69,55 @@ def test_a_worker_that_has_not_reported_has_no_data(operator):
 def test_the_rows_alone_are_a_part(operator, server):
     text = operator.get("/workers/", {"part": "rows"}).content.decode()
     assert "<html" not in text and text.count("<tr id=") == 2
+
+
+# --- one ---
+
+
+def test_the_page_of_a_worker_shows_what_it_is_and_spends(operator, server):
+    make_plan(worker_id="w1", reason="long prompts ended")
+    response = operator.get("/workers/w1/")
+    text = response.content.decode()
+    assert [row["name"] for row in response.context["gpu"]][-1] == "idle"
+    assert "long prompts ended" in text and "/workers/w1/role/" in text
+    assert "topics=overview,worker&amp;worker=w1" in text
+    assert "[&quot;workers/w1/step_ms&quot;, &quot;workers/w1/predicted_ms&quot;]" in text
+    assert "Nothing placed on it" in text
+
+
+def test_a_worker_that_is_not_here_has_no_page(operator, server):
+    assert operator.get("/workers/w9/").status_code == 404
+
+
+def test_what_the_socket_sends_of_a_worker_needs_no_query(server, django_assert_num_queries):
+    async def read():
+        return [livesocket.PARTS["worker"](server.state, {"worker": w}) for w in ("w1", "w9")]
+
+    with django_assert_num_queries(0):
+        here, gone = [render_to_string(*found) for found in server.do(read)]
+    assert here.strip().startswith('<div id="worker-now" hx-swap-oob="innerHTML">')
+    assert "not here any more" in gone
+
+
+def test_predicted_and_measured_steps_are_compared():
+    load = dataclasses.replace(make_view(), load=make_load(predicted_s=0.05))
+    assert workerview.step_error(load) == 0.0
+    assert workerview.step_error(make_view()) is None
+
+
+def test_the_page_waits_for_a_worker_and_says_why_one_was_refused(operator, server):
+    assert "Waiting for c9 to dial in" in operator.get("/workers/add/c9/").content.decode()
+
+    async def knock():
+        fleet = server.state.fleet
+        fleet.connected("x", MemoryLink())
+        fleet.received("x", make_hello(name="c9", token="not one of ours"))
+
+    server.do(knock)
+    text = operator.get("/workers/add/c9/").content.decode()
+    assert "c9 was refused: " in text and 'hx-trigger="every 2s"' in text
+    joined = operator.get("/workers/add/c1/").content.decode()
+    assert "c1 has joined as w2" in joined and "hx-trigger" not in joined
 
 
 # --- add ---

@@ -1,6 +1,8 @@
 // Feeds live frames into Plotly and keeps the theme; it draws nothing itself.
 // A chart is <div class="chart" data-chart="tokens" data-traces='[{"name":…,"stack":true}]'>; the
 // values of a frame are frame.charts.tokens = [v, …] in the order of the traces, null for no data.
+// With data-paths they are picked from the frame instead, and begin when the page is opened.
+import { pick } from "./format.js";
 
 export const DRAW_MS = 500;
 export const POINTS_MAX = 600;
@@ -77,7 +79,8 @@ function tracesOf(chart, points) {
 }
 
 const charts = typeof document === "undefined" ? [] : [...document.querySelectorAll("[data-chart]")].map((el) => ({
-  el, id: el.dataset.chart, specs: JSON.parse(el.dataset.traces), suffix: el.dataset.suffix ?? "",
+  el, id: el.dataset.chart, specs: JSON.parse(el.dataset.traces), paths: el.dataset.paths ? JSON.parse(el.dataset.paths) : null,
+  suffix: el.dataset.suffix ?? "",
   line: el.dataset.line ? Number(el.dataset.line) : null, isDrawn: false, waiting: [], points: [],
 }));
 let lastSeq = null;
@@ -98,7 +101,7 @@ async function loadHistory() {
     const answer = await fetch(charts[0].el.dataset.history, { headers: { accept: "application/json" } });
     if (!answer.ok) return; // the next frame asks again
     const history = await answer.json();
-    for (const chart of charts) {
+    for (const chart of charts.filter((one) => !one.paths)) {
       const rows = history.charts[chart.id] ?? [];
       chart.points = history.t.map((t, index) => ({ t: shifted(t), values: rows[index] ?? [] }));
       chart.waiting = [];
@@ -175,7 +178,8 @@ function take({ frame }) {
   if (hasGap(lastSeq, frame.seq)) needsHistory = true;
   lastSeq = frame.seq;
   for (const chart of charts) {
-    chart.waiting = [...chart.waiting, { t: shifted(frame.t), values: frame.charts[chart.id] ?? [] }].slice(-POINTS_MAX);
+    const values = chart.paths ? chart.paths.map((path) => pick(frame, path)) : frame.charts[chart.id];
+    chart.waiting = [...chart.waiting, { t: shifted(frame.t), values: values ?? [] }].slice(-POINTS_MAX);
   }
   if (document.hidden || isPaused || !window.Plotly || !mayDraw(lastDraw, performance.now())) return;
   if (needsHistory) loadHistory(); else drawNew();
