@@ -133,7 +133,7 @@ class ReplayWorker:
                 self._publish(sequence, start)
             if samples:
                 self._token(sequence, now_s, end)
-        if end.started or end.ended:
+        if end.started or end.ended or end.ready:
             self._sort()
         return end
 
