@@ -8,6 +8,7 @@ python -m controlplane.sim fairness               a tenant beside one that flood
 python -m controlplane.sim plane [--part NAME]    figures of the whole control plane on traces
 python -m controlplane.sim ledger                 does every worker account for all of its time
 python -m controlplane.sim deadlines              promises of batch deadlines over 28 days
+python -m controlplane.sim compare --trace PATH   policies on one recorded trace, a peer's too
 python -m controlplane.sim split [--search]       the planner against every fixed split of roles
 python -m controlplane.sim swarm [--seeds N]      whole clusters under faults, all laws checked
 python -m controlplane.sim swarm --seed S --shrink    one of them again, and made smaller
@@ -21,9 +22,11 @@ import platform
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 from controlplane import kappas
 from controlplane.sim import (
+    comparison,
     coserve,
     coverage,
     deadlines,
@@ -130,6 +133,18 @@ def run_plane(options: argparse.Namespace) -> dict[str, object]:
         return {"error": str(error)}
 
 
+def run_compare(options: argparse.Namespace) -> dict[str, object]:
+    """Input that cannot be run becomes one line and exit code 2."""
+    setting = comparison.Setting(
+        Path(options.trace), options.speed, options.workers, options.timing
+    )
+    try:
+        return comparison.run(setting, options.policy.split(","), options.seeds, say)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
 def run_swarm(options: argparse.Namespace) -> int:
     """Exit code 1 when a law was broken."""
     if options.seed is not None:
@@ -227,6 +242,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--calibration", default="", help="its file; empty: packaged step times")
     command.add_argument("--processes", type=int, default=2)
     command.add_argument("--seed", type=int, default=1)
+    command = commands.add_parser("compare", help="policies on one recorded trace")
+    command.add_argument("--trace", required=True, metavar="PATH", help="a Parquet file")
+    command.add_argument("--speed", type=float, default=1.0, help="stamps are divided by it")
+    command.add_argument("--workers", type=int, default=8)
+    command.add_argument("--gpu", choices=("h200",), default="h200")
+    command.add_argument("--model", choices=("8b",), default="8b")
+    command.add_argument("--timing", choices=comparison.TIMINGS, default="calibrated")
+    command.add_argument("--policy", default=",".join(comparison.POLICIES), metavar="NAME,NAME")
+    command.add_argument("--seeds", type=int, default=1)
     command = commands.add_parser("swarm")
     command.add_argument("--seeds", type=int, default=200)
     command.add_argument("--first", type=int, default=0, help="the first seed")
@@ -250,6 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plane": run_plane,
         "ledger": run_ledger,
         "deadlines": run_deadlines,
+        "compare": run_compare,
     }
     run = runs[options.command]
     print(json.dumps(run(options)))

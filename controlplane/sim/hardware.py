@@ -4,8 +4,10 @@ Step times come from a file of estimates for real devices (the calibration), or 
 table of the same source; the control plane has to learn them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -25,6 +27,33 @@ PROFILE_CHUNKS = (0, 64, 256, 512, 1024)
 PROFILE_PASSES = 2
 
 
+class TableFacts(Protocol):
+    """What a table says of the device and model that it is of."""
+
+    @property
+    def gpu(self) -> str: ...
+
+    @property
+    def kv_bytes_per_token(self) -> int: ...
+
+
+class StepTimes(Protocol):
+    """A device as a function: seconds of a step. Implemented by StepTable and PeerTiming."""
+
+    @property
+    def file(self) -> TableFacts: ...
+
+    def step_s(
+        self, chunks: Sequence[tuple[int, int]], decode_rows: int, decode_context_tokens: int
+    ) -> float:
+        """A step of chunks (start, count) and decode rows that read so many context tokens
+        together. 0 for an empty step."""
+
+    def steps_in_cell(self, rows: int, context_tokens: int) -> int:
+        """For how many steps of these decode rows alone, each with one context token more a row,
+        the times have equal second differences; at least 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """One direction of a worker's network: KV leaves layer by layer while it is computed."""
@@ -37,7 +66,7 @@ class Link:
 class Hardware:
     """One kind of worker."""
 
-    table: StepTable
+    table: StepTimes
     kv_tokens: int = KV_TOKENS_8B
     num_layers: int = NUM_LAYERS_8B
     link: Link = Link()

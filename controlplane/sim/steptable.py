@@ -5,7 +5,7 @@ tables) is deliberately not that of controlplane/latency.py, which has to learn 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import msgspec
 
 TABLES = Path(__file__).parent / "tables"
 NAMES = ("llama-3.1-8b-bf16-tp1", "llama-3.1-8b-fp8-tp1", "llama-3.1-70b-fp8-tp4")
+STEPS_MAX = 1_000_000  # of one run: more than any output has tokens
 CONTEXT_TOKENS_MIN = 256.0  # shortest context of the decode table
 
 
@@ -63,7 +64,7 @@ class StepTable:
     file: TableFile
 
     def step_s(
-        self, chunks: Iterable[tuple[int, int]], decode_rows: int, decode_context_tokens: int
+        self, chunks: Sequence[tuple[int, int]], decode_rows: int, decode_context_tokens: int
     ) -> float:
         """Seconds of a step of chunks (start, count) and decode rows that read so many context
         tokens together. 0 for an empty step."""
@@ -84,6 +85,13 @@ class StepTable:
         without_ms = self._decode_ms(max(1, decode_rows), context)
         with_ms = self._mixed_ms(smallest, decode_rows, context)
         return 1e-3 * (without_ms + share * max(0.0, with_ms - without_ms) + prefix_ms)
+
+    def steps_in_cell(self, rows: int, context_tokens: int) -> int:
+        """Steps of these decode rows alone, each with one more token a row, between the same points
+        of the table: there their times grow linearly."""
+        grid, context = self.file.decode_step_ms.context_tokens, context_tokens / rows
+        bends = (CONTEXT_TOKENS_MIN, *grid[1:-1])  # it goes on as in its last interval
+        return 1 + int(min((bend - context for bend in bends if bend > context), default=STEPS_MAX))
 
     def _decode_ms(self, rows: float, context: float) -> float:
         table = self.file.decode_step_ms

@@ -111,6 +111,18 @@ class Trace:
 
         return Trace(self.name, rows, self.span_s + tick_s, self.rate_per_s)
 
+    def hastened(self, speed: float) -> "Trace":
+        """Recorded stamps divided by `speed`, as peers replay a trace. It compresses time and with
+        it bursts: for equal terms with them only; `scaled` is for our own figures. Raises
+        ValueError for a speed that is not above 0."""
+        if not 0.0 < speed < math.inf:
+            raise ValueError(f"speed {speed}: expected a number above 0")
+
+        def rows() -> Iterator[TraceRequest]:
+            return (replace(row, at_s=row.at_s / speed) for row in self.rows())
+
+        return Trace(self.name, rows, self.span_s / speed, self.rate_per_s * speed)
+
     def scaled(self, factor: float) -> "Trace":
         """The same workload at `factor` times its rate. Raises ValueError for a factor that asks
         for no request or for more than COPIES_MAX copies."""
@@ -178,6 +190,16 @@ def read(folder: str, name: str, seed: int = 0) -> Trace:
     path = Path(folder) / f"{name}.parquet"
     if not path.is_file():
         raise ValueError(f"no trace {path}: give the folder with --traces or SLACKWATER_TRACES")
+    opened = read_file(path)
+    tick_s = TICKS_S.get(name)
+    return opened.jittered(tick_s, seed) if tick_s else opened
+
+
+def read_file(path: Path) -> Trace:
+    """One file, its stamps as they were recorded. Raises ValueError, in one line, when it is not
+    there or its columns are others."""
+    if not path.is_file():
+        raise ValueError(f"no trace {path}")
     with parquet.ParquetFile(path) as file:
         missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
         if missing:
@@ -187,9 +209,7 @@ def read(folder: str, name: str, seed: int = 0) -> Trace:
         raise ValueError(f"{path} has no requests")
     span_s = math.nextafter(max(row.at_s for row in _rows(path)), math.inf)
     held = tuple(_rows(path)) if num_rows <= ROWS_HELD_MAX else ()
-    opened = Trace(name, lambda: iter(held) if held else _rows(path), span_s, num_rows / span_s)
-    tick_s = TICKS_S.get(name)
-    return opened.jittered(tick_s, seed) if tick_s else opened
+    return Trace(path.stem, lambda: iter(held) if held else _rows(path), span_s, num_rows / span_s)
 
 
 def _rows(path: Path) -> Iterator[TraceRequest]:
