@@ -31,6 +31,9 @@ class TableFacts(Protocol):
     """What a table says of the device and model that it is of."""
 
     @property
+    def source(self) -> str: ...
+
+    @property
     def gpu(self) -> str: ...
 
     @property
