@@ -105,11 +105,11 @@ def test_the_error_of_a_prediction_is_said_in_words(predicted_s, measured_s, wor
 
 @pytest.mark.django_db(transaction=True)
 def test_rows_of_before_keep_their_records():
+    old = {name: DECISION[name] for name in DECISION if name not in ("bound", "cause")}
+    row = make_record(decision=[old])
     executor = MigrationExecutor(connection)
     try:
         before = executor.migrate([("console", "0002_contracts")]).apps
-        old = {name: DECISION[name] for name in DECISION if name not in ("bound", "cause")}
-        row = make_record(decision=[old])
         assert before.get_model("console", "RequestRecord").objects.get(pk=row.pk)
         executor = MigrationExecutor(connection)
         executor.migrate([("console", "0003_explained_decisions")])
