@@ -18,6 +18,7 @@ RANGES = {
     "all": None,
 }
 RANGE_DEFAULT = "24h"
+ROUTING_RANGE = "1h"
 STATUSES = ("completed", "cancelled", "failed", "rejected", "expired")
 ROLES = (("prefill", "prefill"), ("decode", "decode"), ("mixed", "mixed"))
 DEVICES = (("cpu", "cpu"), ("cuda:0", "cuda:0"))
@@ -105,6 +106,31 @@ class PlanFilter(forms.Form):
             is_planner = Q(by=PLANNER)
             made &= is_planner if asked["by"] == "planner" else ~is_planner
         return made
+
+
+class RoutingFilter(forms.Form):
+    """Whose decisions of which time, in the query string."""
+
+    range = forms.ChoiceField(
+        label="Arrived", required=False, choices=[(key, key) for key in RANGES]
+    )
+    tenant = forms.CharField(label="Tenant", required=False, max_length=64)
+    model = forms.CharField(label="Model", required=False, max_length=128)
+    demo = forms.BooleanField(label="with demo history", required=False)
+
+    def __init__(self, query: QueryDict) -> None:
+        data = query.copy()
+        data.setdefault("range", ROUTING_RANGE)
+        super().__init__(data)
+        self.fields["tenant"].widget.attrs["data-filter"] = ""
+        for name in ("range", "demo"):
+            self.fields[name].widget.attrs["data-submit"] = ""
+
+    def values(self) -> dict[str, Any]:
+        """The accepted filters, named as in the history; what is no choice filters nothing."""
+        self.is_valid()
+        chosen = {**self.cleaned_data, "range": self.cleaned_data.get("range") or ROUTING_RANGE}
+        return {**chosen, "demo": "on" if chosen.get("demo") else ""}
 
 
 class TenantFilter(forms.Form):

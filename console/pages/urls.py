@@ -2,7 +2,17 @@
 
 from django.urls import path
 
-from console.pages import batches, keys, overview, playground, queues, requests, split, workers
+from console.pages import (
+    batches,
+    keys,
+    overview,
+    playground,
+    queues,
+    requests,
+    routing,
+    split,
+    workers,
+)
 
 app_name = "pages"
 
@@ -22,6 +32,7 @@ urlpatterns = [
     path("workers/<str:worker_id>/drain/", workers.drain, name="worker_drain"),
     path("split/", split.split, name="split"),
     path("split/<str:action>/", split.order, name="split_order"),
+    path("routing/", routing.routing, name="routing"),
     path("playground/", playground.playground, name="playground"),
     path("playground/key/", playground.key, name="playground_key"),
     path("keys/", keys.keys, name="keys"),

@@ -27,6 +27,7 @@ PAGES = {
     "key_rotate": ("KEY00000",),
     "key_revoke": ("KEY00000",),
     "queues": (),
+    "routing": (),
     "split": (),
     "split_order": ("shadow",),
     "request": ("r1",),

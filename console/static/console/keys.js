@@ -1,5 +1,5 @@
 // Keyboard, copy buttons and the help dialog of every console page. No dependency on live data.
-const GO = { o: "overview", r: "requests", h: "history", w: "workers", s: "split", q: "queues", p: "playground", b: "batches" };
+const GO = { o: "overview", r: "requests", h: "history", w: "workers", s: "split", q: "queues", t: "routing", p: "playground", b: "batches" };
 const GO_MS = 1200; // how long `g` waits for its second key
 let goUntil = 0;
 
