@@ -139,24 +139,17 @@ def earliest(queue: Sequence[Demand], job: Demand, forecast: Forecast) -> float 
     for demand in ordered:
         mean_s, var_s2 = mean_s + demand.mean_s, var_s2 + demand.var_s2
         after.append((demand.deadline_s, need_s(mean_s, var_s2)))
-    first = 0  # the job must be due after the last deadline that it would break
-    for index in range(1, len(after)):
-        at_s, needed_s = after[index]
-        if capacity_at(forecast.low_s, forecast.bin_s, at_s) < needed_s:
-            first = index
-    for index in range(first, len(after)):
-        at_s, needed_s = after[index]
-        fits_s = max(time_of(forecast.low_s, forecast.bin_s, needed_s), job.run_s)
-        fits_s = max(fits_s, at_s) if index else fits_s
-        if fits_s == inf:
-            continue
-        offered_s = QUOTE_S * ceil(fits_s / QUOTE_S)
-        if index and offered_s <= at_s:
-            offered_s += QUOTE_S
-        end_s = after[index + 1][0] if index + 1 < len(after) else inf
-        if fits_s < end_s or index + 1 == len(after):
-            return offered_s if offered_s <= forecast.horizon_s else None
-    return None
+    # Due after the last deadline that it would break, it breaks none: those that follow have room
+    # for it, so what it needs there is all that is left to ask.
+    at_s, needed_s = after[0]
+    for due_s, due_need_s in after[1:]:
+        if capacity_at(forecast.low_s, forecast.bin_s, due_s) < due_need_s:
+            at_s, needed_s = due_s, due_need_s
+    fits_s = max(time_of(forecast.low_s, forecast.bin_s, needed_s), job.run_s, at_s)
+    if fits_s == inf:
+        return None
+    offered_s = QUOTE_S * ceil(fits_s / QUOTE_S)
+    return offered_s if offered_s <= forecast.horizon_s else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +222,14 @@ def finish(
     inflow: Sequence[tuple[float, float]],
     ratios: FinishRatios,
 ) -> Finish:
-    """Of an admitted job, under EDF: what is due before it runs before it.
+    """Of an admitted job, under EDF: what is due before it runs before it. A job that asks for
+    nothing has ended.
 
     `inflow` are (relative deadline in s, GPU-seconds per s) of work that keeps coming; what is due
     sooner than the job passes it."""
     ahead = [demand for demand in queue if demand.deadline_s <= job.deadline_s]
     work_s = job.mean_s + sum(demand.mean_s for demand in ahead)
-    expected_s = _passed(forecast, work_s, job.deadline_s, inflow)
+    expected_s = _passed(forecast, work_s, job.deadline_s, inflow) if job.mean_s > 0.0 else 0.0
     if expected_s == inf:
         expected_s = job.deadline_s
     expected_s = max(expected_s, job.run_s, EXPECTED_S_MIN)
@@ -246,7 +240,7 @@ def finish(
 def _passed(
     forecast: Forecast, work_s: float, deadline_s: float, inflow: Sequence[tuple[float, float]]
 ) -> float:
-    """When the mean capacity less the work that passes it reaches work_s."""
+    """When the mean capacity less the work that passes it reaches work_s, which is above 0."""
     curve, bin_s = forecast.mean_s, forecast.bin_s
     passed_s = before_s = 0.0
     for index in range(1, len(curve)):
@@ -255,7 +249,6 @@ def _passed(
         passed_s += rate * bin_s
         left_s = curve[index] - passed_s
         if left_s >= work_s:
-            gain_s = left_s - before_s
-            return at_s + bin_s * (work_s - before_s) / gain_s if gain_s > 0.0 else at_s
+            return at_s + bin_s * (work_s - before_s) / (left_s - before_s)
         before_s = left_s
     return inf

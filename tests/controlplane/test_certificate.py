@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.certificate import (
+    EXPECTED_S_MIN,
     INTERVAL,
     RATIOS_MAX,
     RATIOS_MIN,
@@ -119,6 +120,12 @@ def test_no_deadline_is_shorter_than_one_item_alone():
     assert isinstance(refused, Refused) and refused.earliest_s == 60.0
 
 
+def test_an_offer_may_be_due_together_with_another_batch():
+    job = Demand(60.0, mean_s=1.0, run_s=120.0)
+    refused = certify([Demand(120.0, 1.0)], job, forecast_of([10.0] * 3))
+    assert isinstance(refused, Refused) and refused.earliest_s == 120.0
+
+
 def test_beyond_the_horizon_nothing_is_offered():
     refused = certify([], Demand(60.0, 1_000.0), forecast_of([1.0] * 3))
     assert isinstance(refused, Refused) and refused.earliest_s is None
@@ -151,6 +158,12 @@ def test_what_is_due_before_runs_before_and_what_comes_sooner_passes():
     assert (passed.from_s, passed.by_s) == tuple(
         pytest.approx(360.0 * ratio) for ratio in RATIOS_UNKNOWN
     )
+
+
+def test_a_job_that_asks_for_nothing_is_expected_to_have_ended():
+    forecast, inflow = forecast_of([1.0] * 20), ((60.0, 2.0),)  # more comes than there is
+    found = finish([Demand(100.0, 50.0)], Demand(900.0, 0.0), forecast, inflow, FinishRatios())
+    assert found.expected_s == EXPECTED_S_MIN
 
 
 def test_the_interval_is_the_shortest_that_holds_its_share():
