@@ -43,11 +43,14 @@ class Journal:
     def move(self, epoch: int) -> None:
         """The request goes to another worker: reports of older epochs count no more.
 
-        Ids ahead of a gap are forgotten, for the new worker computes from the gap on."""
+        Ids ahead of a gap are forgotten with their logprobs, for the new worker computes from the
+        gap on, and may sample others."""
         assert epoch >= self.epoch, f"epoch of a request went back from {self.epoch} to {epoch}"
         if epoch > self.epoch:
             self.epoch = epoch
             self._ahead.clear()
+            kept = range(len(self.ids))
+            self.logprobs = {i: entry for i, entry in self.logprobs.items() if i in kept}
             self._end = None
             self.missing_since_s = None
 
@@ -101,7 +104,7 @@ class Journal:
     def _close_gap(self) -> None:
         if not self._ahead:
             return
-        while (token_id := self._ahead.pop(len(self.ids), None)) is not None:
-            self.ids.append(token_id)
         for index in [index for index in self._ahead if index < len(self.ids)]:
             del self._ahead[index]
+        while (token_id := self._ahead.pop(len(self.ids), None)) is not None:
+            self.ids.append(token_id)

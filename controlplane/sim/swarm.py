@@ -9,9 +9,10 @@ import msgspec
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
-from controlplane.sim import promises
+from controlplane.sim import outputs, promises
 from controlplane.sim import scenario as scenarios
 from controlplane.sim.cluster import Cluster, Member
+from controlplane.sim.events import Events
 from controlplane.sim.scenario import Arrival, Fault, Scenario
 
 CONVERGE_S = 30.0  # after healing, every member is live and what moved has moved (I19)
@@ -102,7 +103,8 @@ class History:
 
     def play(self) -> None:
         cluster, events = self.cluster, self.cluster.events
-        promises.check(events.random)
+        promises.check(Events(self.scenario.seed).random)
+        outputs.check(Events(self.scenario.seed).random)
         cluster.set_contracts(self.scenario.contracts)
         for spec in self.scenario.workers:
             self.join(spec)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.journal import PENDING_TOKENS_MAX, Journal
+from controlplane.protocol import TokenLogprobs
 
 
 def test_ids_in_order_pass_through():
@@ -82,6 +83,16 @@ def test_a_move_forgets_what_was_ahead_and_keeps_what_was_delivered():
     assert journal.ids == [10] and journal.missing_since_s is None
     assert journal.accept(2, 1, [21, 22, 23], 2.0) == [21, 22, 23]
     assert journal.finish_reason is None
+
+
+def test_logprobs_of_ids_that_a_move_forgets_are_forgotten_too():
+    journal = Journal(8, epoch=1)
+    first, ahead, again = (TokenLogprobs(-value, [], []) for value in (1.0, 2.0, 3.0))
+    journal.accept(1, 0, [10], 0.0, logprobs=[first])
+    journal.accept(1, 2, [12], 0.0, logprobs=[ahead])
+    journal.move(2)
+    journal.accept(2, 1, [21, 22], 1.0, logprobs=[again, again])
+    assert journal.logprobs == {0: first, 1: again, 2: again}
 
 
 def test_output_is_capped_at_its_limit():
