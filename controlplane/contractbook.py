@@ -6,12 +6,14 @@ The ledger counts whole seconds, so a refusal may be up to one second too carefu
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 
 from controlplane.domain import Contract, Rejected
-from controlplane.ledger import AccountView, price_usd
+from controlplane.ledger import BURST_S, AccountView, price_usd
 
 MINUTE_S = 60.0
 ROUNDING_S = 1.0
+ROUNDING = 1e-6
 
 
 @dataclass(slots=True)
@@ -24,6 +26,40 @@ class ContractBook:
     held: dict[str, int] = field(default_factory=dict)  # worst case, of running requests
     billed_tokens: int = 0
     billed_usd: float = 0.0
+    ahead: tuple[float, float] = (0.0, 0.0)  # requests and tokens above the rates
+    ahead_at_s: float = 0.0
+    paced: dict[str, int] = field(default_factory=dict)  # tokens taken by running requests
+
+    def change(self, contract: Contract) -> None:
+        """Which rates count for the time before a change is not seen from here."""
+        if contract != self.contract:
+            self.contract, self.ahead = contract, (inf, inf)
+
+    def demoted(self, code: str, now_s: float) -> None:
+        """It says what of the contract was used up."""
+        if code != "contract_pace":
+            return
+        self._take(0.0, 0.0, now_s)
+        per_s = self._rates_s()
+        is_ahead = any(
+            used >= max(1.0, BURST_S * rate) - ROUNDING
+            for used, rate in zip(self.ahead, per_s, strict=True)
+        )
+        assert is_ahead, f"I5: {self.contract.name} is behind its rates: {self.ahead}, {per_s}"
+
+    def _rates_s(self) -> tuple[float, float]:
+        contract = self.contract
+        return contract.requests_per_min / MINUTE_S, contract.tokens_per_min / MINUTE_S
+
+    def _take(self, requests: float, tokens: float, now_s: float) -> None:
+        """A bucket that leaks at the contract's rates. The ledger's leaks at times more, for time
+        in which nothing was asked of it, and never less."""
+        passed_s, self.ahead_at_s = now_s - self.ahead_at_s, now_s
+        (used, used_tokens), (rate, token_rate) = self.ahead, self._rates_s()
+        self.ahead = (
+            max(0.0, max(0.0, used - passed_s * rate) + requests),
+            max(0.0, max(0.0, used_tokens - passed_s * token_rate) + tokens),
+        )
 
     def admitted(self, name: str, tokens: int, is_guaranteed: bool, now_s: float) -> None:
         """The contract's limits must have had room for it."""
@@ -40,6 +76,8 @@ class ContractBook:
         assert running <= contract.concurrency_max, f"I5: {running} requests of {contract.name} run"
         if not is_guaranteed:
             return
+        self._take(1.0, tokens, now_s)
+        self.paced[name] = tokens
         self.guaranteed.append((now_s, name))
         self.tokens[name] = tokens
         while self.guaranteed[0][0] <= now_s - MINUTE_S - ROUNDING_S:
@@ -53,9 +91,13 @@ class ContractBook:
         names = [name for admitted_s, name in self.guaranteed if admitted_s > at_s]
         return len(names), sum(self.tokens[name] for name in names)
 
-    def settled(self, name: str, prompt_tokens: int, output_tokens: int, is_billed: bool) -> None:
+    def settled(
+        self, name: str, prompt_tokens: int, output_tokens: int, is_billed: bool, now_s: float
+    ) -> None:
         self.held.pop(name, None)
         tokens = prompt_tokens + output_tokens if is_billed else 0
+        if name in self.paced:
+            self._take(0.0, tokens - self.paced.pop(name), now_s)
         self.billed_tokens += tokens
         if is_billed:
             self.billed_usd += price_usd(self.contract, prompt_tokens, output_tokens)

@@ -86,7 +86,7 @@ class Watch:
             case domain.ContractsSet(contracts):
                 for contract in contracts:
                     book = self._books.setdefault(contract.key, ContractBook(contract))
-                    book.contract = contract
+                    book.change(contract)
             case domain.WorkerMessage():
                 self._heard(event, commands, now_s)
             case domain.WorkerClosed(worker_id, epoch):
@@ -272,6 +272,8 @@ class Watch:
         """Its first decision."""
         life.key = _key(life.request)
         if book := self._books.get(life.key):
+            if demotion is not None:
+                book.demoted(demotion.code, now_s)
             book.admitted(name, life.tokens_max, demotion is None, now_s)
 
     def _finished(self, name: str, status: str, output_tokens: int) -> None:
@@ -285,7 +287,7 @@ class Watch:
     def _settle(self, name: str, life: _Life, output_tokens: int, is_billed: bool) -> None:
         book = self._books.get(life.key) if life.key else None
         if book is not None:
-            book.settled(name, life.request.prompt_tokens, output_tokens, is_billed)
+            book.settled(name, life.request.prompt_tokens, output_tokens, is_billed, self._last_s)
 
     def _end(self, name: str, how: str) -> None:
         assert name not in self._ended, f"I1: {name} ended as {self._ended[name]} and as {how}"

@@ -169,6 +169,16 @@ def test_a_retry_time_that_is_too_soon_or_too_late_is_noticed(retry_s, is_right)
         book.refused(refusal, 100, 1.0)
 
 
+def test_surplus_for_its_pace_is_noticed_where_what_was_not_used_is_counted():
+    """Of 700 tokens that it reserved 117 are above its rate after 35 s, and then it took 100."""
+    book = ContractBook(CONTRACT)
+    book.admitted("r0", 700, True, 0.0)
+    book.demoted("contract_pace", 35.0)
+    book.settled("r0", 50, 50, True, 35.0)
+    with pytest.raises(AssertionError, match="I5"):
+        book.demoted("contract_pace", 35.0)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_a_minute_that_one_of_two_equal_tenants_got_is_noticed(share):
     """`share` of what is served goes to the first one."""
