@@ -168,6 +168,7 @@ class Gateway:
                 ttft_s_left=slo.ttft_s_p99 - (now_s - arrived_at_s),
                 itl_s=slo.itl_s_p99,
                 is_batch=slo.is_batch,
+                gap_s_max=slo.gap_s_max,
             ),
             salt=salt,
             journal=Journal(sampling.output_tokens_max),

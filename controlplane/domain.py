@@ -36,6 +36,7 @@ class SLOClass:
     is_batch: bool = False
     deadline_s: float | None = None
     queue_s_max: float = 30.0  # a request that waits longer ends as expired
+    gap_s_max: float = 0.0  # above itl_s_p99: paced, itl_s_p99 holds for the mean gap of a request
 
 
 @dataclass(frozen=True, slots=True)

@@ -358,6 +358,12 @@ class ClassTargets(msgspec.Struct, frozen=True):
     ttft_s_left: float
     itl_s: float
     is_batch: bool = False
+    gap_s_max: float = 0.0  # above itl_s: paced, itl_s holds for the mean and this for each gap
+
+    @property
+    def step_s(self) -> float:
+        """How long one step beside its decode rows may last."""
+        return max(self.itl_s, self.gap_s_max)
 
 
 class HandoffOut(msgspec.Struct, frozen=True):

@@ -54,7 +54,7 @@ def blocks_needed(worker: Worker, request: GenerateRequest, output_tokens: int) 
 def prompt_step_s(pace: Pace, slo: SLOClass) -> float:
     """How long a step with a chunk of this class may last, as the worker's scheduler plans it."""
     if pace.is_decoding:
-        return slo.itl_s_p99
+        return max(slo.itl_s_p99, slo.gap_s_max)
     return max(slo.itl_s_p99, ALONE_TTFT_SHARE * slo.ttft_s_p99)
 
 

@@ -364,7 +364,7 @@ class Engine:
                 self._end(sequence, "error", 0, prefill_tokens)
                 continue
             sequence.append(token_id, logprob)
-            sequence.last_token_at_s = at_s
+            sequence.token_came(at_s)
             finish_reason = sequence.finish_reason(self.runner.eos_token_ids)
             if finish_reason is not None:
                 self._end(sequence, finish_reason, 1, prefill_tokens)

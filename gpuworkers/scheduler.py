@@ -91,8 +91,10 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     itl_s = min((sequence.targets.itl_s for sequence in online), default=math.inf)
     # Where decodes alone take longer than the target no plan can meet it; prefill then gets as
     # much time as the decodes, or it would starve behind them.
-    pace_s = itl_s if floor_s <= itl_s else 2 * floor_s
-    slack_s = _slack_s(now_s, decoding, floor_s, pace_s)
+    step_s = min((sequence.targets.step_s for sequence in online), default=math.inf)
+    pace_s = step_s if floor_s <= itl_s else 2 * floor_s
+    late_s = itl_s if floor_s <= itl_s else pace_s
+    slack_s = _slack_s(now_s, decoding, floor_s, late_s)
     online_target_s = min(slack_s, pace_s) - model.host_s
     if state.prefilling and not decoding:  # no token is due: longer chunks are cheaper
         left_s = [sequence.targets.ttft_s_left for sequence in state.prefilling]
@@ -153,12 +155,14 @@ def _context_tokens(decoding: Seq[Sequence]) -> int:
     return sum([sequence.computed_tokens for sequence in decoding]) + len(decoding)
 
 
-def _slack_s(now_s: float, decoding: Seq[Sequence], floor_s: float, pace_s: float) -> float:
+def _slack_s(now_s: float, decoding: Seq[Sequence], floor_s: float, late_s: float) -> float:
     """Seconds until the first online decode is late; a row already late is paced, not a block."""
     slack_s = math.inf
     for sequence in decoding:
         left_s = sequence.next_token_due_at_s() - now_s
-        slack_s = min(slack_s, left_s if left_s > floor_s else max(sequence.targets.itl_s, pace_s))
+        if left_s <= floor_s:
+            left_s = max(sequence.targets.itl_s, late_s)
+        slack_s = min(slack_s, left_s)
     return slack_s
 
 

@@ -40,6 +40,7 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     preempted_tokens: int = 0  # tokens that had KV when it was preempted, until it starts again
     last_token_at_s: float | None = None
+    saved_s: float = 0.0  # by which its tokens are ahead of one per ITL target, if it is paced
     block_ids: list[int] = field(default_factory=list)  # token order; online: all it will need
     hashes: list[bytes] = field(default_factory=list)  # names of its full blocks, so far
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by output index
@@ -90,10 +91,20 @@ class Sequence:
         return self.arrived_at_s + self.targets.ttft_s_left
 
     def next_token_due_at_s(self) -> float:
-        """Strict pacing: one ITL target after the token before."""
+        """One ITL target after the token before; a paced class may spend on it what its tokens
+        have saved since the first, up to its longest gap (algorithms.md 2a, paced borrowing)."""
         if self.last_token_at_s is None:
             return self.first_token_due_at_s
-        return self.last_token_at_s + self.targets.itl_s
+        targets = self.targets
+        gap_s = min(targets.itl_s + self.saved_s, targets.step_s)
+        return self.last_token_at_s + gap_s
+
+    def token_came(self, now_s: float) -> None:
+        """An output id was sampled."""
+        if self.last_token_at_s is not None and self.targets.gap_s_max > 0.0:
+            gap_s = now_s - self.last_token_at_s
+            self.saved_s = max(0.0, self.saved_s + self.targets.itl_s - gap_s)
+        self.last_token_at_s = now_s
 
     def append(self, token_id: int, logprob: TokenLogprobs | None) -> None:
         """The next output id, with its logprobs where the request asks for them."""

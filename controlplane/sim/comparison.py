@@ -2,6 +2,7 @@
 
 `peer_round_robin` is the peer's own engine and router. A policy sees prompts and max_tokens of
 OUTPUT_FACTOR times the trace's median output; only the engine's model knows when an output ends.
+The peer's replays had no such limit: `outputs_cut` requests are longer, and ours ends them there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median_low
 
-from controlplane.sim import hardware, peertiming, traces
+from controlplane.sim import hardware, ours, peertiming, traces
 from controlplane.sim.hardware import StepTimes
 from controlplane.sim.outcomes import Gaps, Outcome, figures
 from controlplane.sim.peer import PeerWorker
@@ -62,8 +63,14 @@ def peer_round_robin(setting: Setting, seed: int, gaps: Gaps) -> Iterator[Outcom
         yield from worker.run(setting.rows[index :: setting.workers])
 
 
+def slackwater(setting: Setting, seed: int, gaps: Gaps) -> Iterator[Outcome]:
+    """The production control plane and step scheduler."""
+    replay = ours.build(setting.times, setting.workers, setting.output_tokens_max, seed)
+    yield from ours.play(replay, setting.rows, gaps)
+
+
 Policy = Callable[[Setting, int, Gaps], Iterator[Outcome]]
-POLICIES: dict[str, Policy] = {"peer_round_robin": peer_round_robin}
+POLICIES: dict[str, Policy] = {"slackwater": slackwater, "peer_round_robin": peer_round_robin}
 
 
 def run(
@@ -98,6 +105,7 @@ def run(
         "workers": setting.workers,
         "timing": setting.timing,
         "output_tokens_max": setting.output_tokens_max,
+        "outputs_cut": sum(r.output_tokens > setting.output_tokens_max for r in setting.rows),
         "partial": is_partial,
         "rows": found,
     }

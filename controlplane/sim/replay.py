@@ -58,6 +58,7 @@ class Record:
     output_tokens: int
     ttft_s: float | None = None
     gap_s_max: float = 0.0
+    num_slow: int = 0  # gaps above the ITL target
     ended_at_s: float | None = None
     code: str = ""  # of its rejection
     retry_after_s: float | None = None
@@ -307,7 +308,9 @@ class Replay:
     def _dispatch(self, command: domain.Dispatch) -> None:
         stream, member = self._streams[command.request_id], self._by_id[command.worker_id]
         request, slo = stream.request, stream.request.slo
-        before, stream.epoch = stream.sequence, command.epoch
+        # Without a first token the client has nothing: what an old epoch sampled is lost.
+        before = stream.sequence if stream.record.ttft_s is not None else None
+        stream.epoch = command.epoch
         delivered = before.output_tokens if before is not None else 0
         ttft_left_s = slo.ttft_s_p99 - (self.events.now_s - request.arrived_at_s)
         sequence = ReplaySequence(
@@ -321,6 +324,7 @@ class Replay:
                 slo.rank,
                 ttft_left_s if command.tier == "guaranteed" else 0.0,
                 slo.itl_s_p99,
+                gap_s_max=slo.gap_s_max,
             ),
             token_ids=[0] * (request.prompt_tokens + delivered),
             prompt_tokens=request.prompt_tokens,
@@ -329,6 +333,7 @@ class Replay:
             last_token_at_s=before.last_token_at_s if before is not None else None,
             left_tokens=stream.record.output_tokens - delivered,
             gap_s_max=before.gap_s_max if before is not None else 0.0,
+            num_slow=before.num_slow if before is not None else 0,
             names=stream.source.block_names(self.block_tokens),
         )
         if command.stage != "prefill":  # of two stages decode is dispatched last
@@ -423,7 +428,7 @@ class Replay:
         if stream is None or stream.epoch != sequence.epoch:
             return
         record = stream.record
-        record.gap_s_max = sequence.gap_s_max
+        record.gap_s_max, record.num_slow = sequence.gap_s_max, sequence.num_slow
         record.ended_at_s = self.events.now_s
         del self._streams[sequence.request_id]
         finished = domain.Finished(

@@ -26,6 +26,7 @@ class ReplaySequence(Sequence):
 
     left_tokens: int = 0  # output ids until it ends by itself
     gap_s_max: float = 0.0  # between two ids, so far
+    num_slow: int = 0  # gaps above the ITL target
     names: Seq[bytes] = field(default_factory=tuple)  # of the prompt's full blocks
 
 
@@ -140,13 +141,14 @@ class ReplayWorker:
     def _token(self, sequence: ReplaySequence, now_s: float, end: StepEnd) -> None:
         last_s = sequence.last_token_at_s
         sequence.token_ids.append(0)
-        sequence.last_token_at_s = now_s
+        sequence.token_came(now_s)
         sequence.left_tokens -= 1
         if last_s is None:
             end.started.append(sequence)
         else:
             gap_s = now_s - last_s
             self.gaps[min(GAP_MS_MAX, ceil(1000.0 * gap_s))] += 1
+            sequence.num_slow += gap_s > sequence.targets.itl_s
             if gap_s > sequence.gap_s_max:
                 sequence.gap_s_max = gap_s
         if not sequence.left_tokens:

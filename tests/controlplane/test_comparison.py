@@ -57,7 +57,7 @@ def test_an_interrupted_run_keeps_its_rows_and_says_so(setting, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"policies": ["best"]}, "policy 'best': expected peer_round_robin"),
+        ({"policies": ["best"]}, "policy 'best': expected slackwater, peer_round_robin"),
         ({"timing": "none"}, "timing 'none': expected one of peer"),
         ({"workers": 0}, "workers=0"),
         ({"speed": 0.0}, "speed 0.0"),

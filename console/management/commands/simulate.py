@@ -29,7 +29,7 @@ class Command(BaseCommand):
         parser.add_argument("--gpu", default="h200")
         parser.add_argument("--model", default="8b")
         parser.add_argument("--timing", default="calibrated", help="calibrated, peer or peer_own")
-        parser.add_argument("--policy", default="peer_round_robin", metavar="NAME,NAME")
+        parser.add_argument("--policy", default="slackwater,peer_round_robin", metavar="NAME,NAME")
         parser.add_argument("--seeds", default="1", help="runs of each policy")
         parser.add_argument("--json", action="store_true")
 
