@@ -8,6 +8,7 @@ controlplane/sim/cluster.py is the one with faults.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 from controlplane import domain, protocol
 from controlplane.config import ControlPlaneConfig
@@ -34,6 +35,7 @@ class Client:
     output_tokens_max: int  # what a request allows; its true length is nobody's to know
     tenants: Sequence[str] = ("tenant",)  # users of the trace are spread over them
     retries_max: int = 0  # times that a refused request comes back, when it was told to
+    slow_s: float = inf  # gaps above it are counted
     tokens_max_of: Callable[[TraceRequest], int] | None = None  # where they allow different ones
     skipped: frozenset[int] = frozenset()  # arrivals, by number from 1, that never come
 
@@ -58,7 +60,7 @@ class Record:
     output_tokens: int
     ttft_s: float | None = None
     gap_s_max: float = 0.0
-    num_slow: int = 0  # gaps above the ITL target
+    num_slow: int = 0  # gaps above Client.slow_s
     ended_at_s: float | None = None
     code: str = ""  # of its rejection
     retry_after_s: float | None = None
@@ -333,6 +335,7 @@ class Replay:
             last_token_at_s=before.last_token_at_s if before is not None else None,
             left_tokens=stream.record.output_tokens - delivered,
             gap_s_max=before.gap_s_max if before is not None else 0.0,
+            slow_s=self.client.slow_s,
             num_slow=before.num_slow if before is not None else 0,
             names=stream.source.block_names(self.block_tokens),
         )

@@ -7,7 +7,7 @@ sequence, and nothing that decides may read it.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from controlplane import protocol
@@ -26,7 +26,8 @@ class ReplaySequence(Sequence):
 
     left_tokens: int = 0  # output ids until it ends by itself
     gap_s_max: float = 0.0  # between two ids, so far
-    num_slow: int = 0  # gaps above the ITL target
+    slow_s: float = inf
+    num_slow: int = 0  # gaps above slow_s
     names: Seq[bytes] = field(default_factory=tuple)  # of the prompt's full blocks
 
 
@@ -148,7 +149,7 @@ class ReplayWorker:
         else:
             gap_s = now_s - last_s
             self.gaps[min(GAP_MS_MAX, ceil(1000.0 * gap_s))] += 1
-            sequence.num_slow += gap_s > sequence.targets.itl_s
+            sequence.num_slow += gap_s > sequence.slow_s
             if gap_s > sequence.gap_s_max:
                 sequence.gap_s_max = gap_s
         if not sequence.left_tokens:
