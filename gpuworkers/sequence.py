@@ -17,6 +17,9 @@ from controlplane.protocol import (
 # leased: prompt computed, a peer fetches the KV
 Phase = Literal["waiting", "running", "arriving", "leased"]
 
+# Of a paced row's ITL target that a plan may use: steps may last longer than they were planned.
+PACED_SHARE = 0.8
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -96,7 +99,9 @@ class Sequence:
         if self.last_token_at_s is None:
             return self.first_token_due_at_s
         targets = self.targets
-        gap_s = min(targets.itl_s + self.saved_s, targets.step_s)
+        gap_s = targets.itl_s
+        if targets.gap_s_max > 0.0:
+            gap_s = min(PACED_SHARE * gap_s + self.saved_s, targets.step_s)
         return self.last_token_at_s + gap_s
 
     def token_came(self, now_s: float) -> None:

@@ -16,8 +16,7 @@ from controlplane.sim.traces import HASH_TOKENS, TraceRequest
 
 GAP_S_MAX = 0.4  # between two tokens of a paced request
 SECONDS_AFTER = 1.0  # the last arrival
-ITL_SHARE = 0.8  # of the judged ITL that is aimed at: a step may take longer than it was planned
-CLASS = domain.SLOClass("interactive", 0, TTFT_S, ITL_SHARE * ITL_S, gap_s_max=GAP_S_MAX)
+CLASS = domain.SLOClass("interactive", 0, TTFT_S, ITL_S, gap_s_max=GAP_S_MAX)
 POLICY = protocol.Policy(chunk_tokens_max=STEP_TOKENS_MAX, step_tokens_max=STEP_TOKENS_MAX)
 
 
