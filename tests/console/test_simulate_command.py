@@ -25,8 +25,9 @@ def test_it_prints_exactly_one_json_object(trace):
     call_command("simulate", *arguments, "--seeds", "2", "--json", stdout=out)
     answer = json.loads(out.getvalue())
     assert out.getvalue().count("\n") == 1
-    assert not answer["partial"] and [row["seed"] for row in answer["rows"]] == [1, 2]
-    assert answer["rows"][0]["good_requests"] == 30
+    assert not answer["partial"] and [row["seed"] for row in answer["rows"]] == [1, 2, 1, 2]
+    assert {row["policy"] for row in answer["rows"]} == {"slackwater", "peer_round_robin"}
+    assert [row["good_requests"] for row in answer["rows"]] == [30] * 4
 
 
 def test_without_json_a_line_a_row(trace):
