@@ -7,7 +7,7 @@ from django import forms
 from django.db.models import Q
 from django.http import QueryDict
 
-from console.models import RequestRecord, Tenant
+from console.models import AlertRule, RequestRecord, Tenant
 
 RANGES = {
     "15m": timedelta(minutes=15),
@@ -131,6 +131,14 @@ class RoutingFilter(forms.Form):
         self.is_valid()
         chosen = {**self.cleaned_data, "range": self.cleaned_data.get("range") or ROUTING_RANGE}
         return {**chosen, "demo": "on" if chosen.get("demo") else ""}
+
+
+class AlertRuleForm(forms.ModelForm):
+    """When a rule opens an alert."""
+
+    class Meta:
+        model = AlertRule
+        fields = ("threshold", "for_s", "is_active")
 
 
 class TenantFilter(forms.Form):

@@ -16,6 +16,7 @@ from typing import Any
 from django.db import DatabaseError
 
 from console import asgi, keys, policies
+from console.alerting import AlertDesk
 from console.daphneserver import BoundedServer, event_loop
 from console.plans import OrderDesk
 from console.snapshot import Snapshot
@@ -83,6 +84,9 @@ class Serving:
             self.loop.create_task(self.state.batches.run()),
             self.loop.create_task(self._start()),
             self.loop.create_task(OrderDesk(self.state.fleet, self.state.writer).run()),
+            self.loop.create_task(
+                AlertDesk(self.state.fleet, self.state.snapshot, self.state.writer).run()
+            ),
         ]
         for number in (signal.SIGINT, signal.SIGTERM):
             self.loop.add_signal_handler(number, self.begin_drain)

@@ -1,5 +1,6 @@
 """Rows of the console, and the rules of one row."""
 
+from console.models.alerts import Alert, AlertRule
 from console.models.contracts import ContractRow
 from console.models.costs import CostMinute, GpuMinute
 from console.models.files import Batch, BatchLine, File
@@ -16,6 +17,8 @@ from console.models.requests import PlanRecord, RequestRecord
 from console.models.tenants import ApiKey, ApiToken, Quota, Tenant
 
 __all__ = [
+    "Alert",
+    "AlertRule",
     "ApiKey",
     "ApiToken",
     "Batch",

@@ -3,6 +3,7 @@
 from django.urls import path
 
 from console.pages import (
+    alerts,
     batches,
     keys,
     overview,
@@ -32,6 +33,9 @@ urlpatterns = [
     path("workers/<str:worker_id>/drain/", workers.drain, name="worker_drain"),
     path("split/", split.split, name="split"),
     path("split/<str:action>/", split.order, name="split_order"),
+    path("alerts/", alerts.alerts, name="alerts"),
+    path("alerts/<int:alert_id>/acknowledge/", alerts.acknowledge, name="alert_acknowledge"),
+    path("alerts/rules/<int:rule_id>/", alerts.rule, name="alert_rule"),
     path("routing/", routing.routing, name="routing"),
     path("playground/", playground.playground, name="playground"),
     path("playground/key/", playground.key, name="playground_key"),

@@ -27,6 +27,7 @@ PAGES = {
     "key_rotate": ("KEY00000",),
     "key_revoke": ("KEY00000",),
     "queues": (),
+    "alerts": (),
     "routing": (),
     "split": (),
     "split_order": ("shadow",),
