@@ -23,7 +23,7 @@ from controlplane.ledger import AccountView
 
 PERIOD_S = 5.0
 OPEN_MAX = 200  # alerts at one time; more of the same say nothing new
-SLACK_MIN = 0.01
+SHARE_MIN = 0.01  # of capacity over need: less is as late
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +99,12 @@ def of_queues(
 def of_batches() -> list[Reading]:
     """Running batches, by the slack of their last test; reads the database."""
     running = Batch.objects.filter(ended_at=None, is_demo_history=False, slack__isnull=False)
-    return [
-        Reading(
-            "batch_slack",
-            batch_id,
-            1.0 / max(slack, SLACK_MIN),
-            f"{batch_id} has {slack:.2f} times the time that its lines need",
-        )
-        for batch_id, slack in running.values_list("batch_id", "slack")
-    ]
+    readings = []
+    for batch_id, slack in running.values_list("batch_id", "slack"):
+        share = 1.0 / max(1.0 + slack, SHARE_MIN)  # slack is capacity / need - 1
+        text = f"{batch_id}: its lines need {share:.0%} of the capacity before its deadline"
+        readings.append(Reading("batch_slack", batch_id, share, text))
+    return readings
 
 
 class Watch:

@@ -31,7 +31,7 @@ class Migration(migrations.Migration):
             name='AlertRule',
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('kind', models.CharField(choices=[('burn_rate', 'error budget burns, lower of 5 min and 1 h'), ('worker_lost', 'worker silent, seconds'), ('queue_wait', 'longest wait, share of what its class allows'), ('budget', "month's budget used, share"), ('batch_slack', 'batch may be late, 1 over its slack')], max_length=16, unique=True)),
+                ('kind', models.CharField(choices=[('burn_rate', 'error budget burns, lower of 5 min and 1 h'), ('worker_lost', 'worker silent, seconds'), ('queue_wait', 'longest wait, share of what its class allows'), ('budget', "month's budget used, share"), ('batch_slack', 'batch: need over capacity before its deadline')], max_length=16, unique=True)),
                 ('threshold', models.FloatField(validators=[django.core.validators.MinValueValidator(0.0), django.core.validators.MaxValueValidator(1000000.0)])),
                 ('for_s', models.FloatField(validators=[django.core.validators.MinValueValidator(0.0), django.core.validators.MaxValueValidator(86400.0)], verbose_name='for (s)')),
                 ('is_active', models.BooleanField(default=True, verbose_name='on')),

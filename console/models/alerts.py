@@ -9,7 +9,7 @@ KINDS = (
     ("worker_lost", "worker silent, seconds"),
     ("queue_wait", "longest wait, share of what its class allows"),
     ("budget", "month's budget used, share"),
-    ("batch_slack", "batch may be late, 1 over its slack"),
+    ("batch_slack", "batch: need over capacity before its deadline"),
 )
 VALUE_MAX = 1_000_000.0
 FOR_S_MAX = 86_400.0
