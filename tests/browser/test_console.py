@@ -166,7 +166,7 @@ def test_a_wrong_key_is_refused_in_words(browser, server):
 @both_schemes
 def test_a_flipped_role_shows_on_the_overview_without_a_reload(session, server):
     wait_live(session)
-    role = session.text_content("#strip a[href$='#w1'] .chip")
+    role = session.text_content("#strip a[href$='/w1/'] .chip")
     wanted = "mixed" if role != "mixed" else "decode"
     other = session.context.new_page()
     other.goto(server.url + "/workers/w1/role/")
@@ -174,7 +174,7 @@ def test_a_flipped_role_shows_on_the_overview_without_a_reload(session, server):
     other.click("button:has-text('Flip role')")
     other.wait_for_url(re.compile("ordered=w1"))
     assert "ordered" in other.text_content(".messagelist")
-    session.wait_for_selector(f"#strip a[href$='#w1'] .role-{wanted}")
+    session.wait_for_selector(f"#strip a[href$='/w1/'] .role-{wanted}")
     session.wait_for_selector(f"#plans >> text={wanted}")
     assert "by ada" in session.text_content("#plans")
 
