@@ -1,6 +1,6 @@
 """Costs of past minutes from their stored rows: what `manage.py costs` and the API answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +17,8 @@ def report(hours: float, dimensions: Sequence[Dimension], now: datetime) -> dict
     """Lines of the last hours, the dearest first, and their sum; reads the database."""
     assert 0.0 < hours <= HOURS_MAX, f"{hours} hours, at most {HOURS_MAX}"
     since = now - timedelta(hours=hours)
-    found = attribute(_facts(CostMinute, CostFact, since), _facts(GpuMinute, GpuFact, since))
+    costs, gpus = facts_between(since, now)
+    found = attribute(costs, gpus)
     lines = by(found, dimensions)
     total = CostLine()
     for line in lines.values():
@@ -37,7 +38,15 @@ def report(hours: float, dimensions: Sequence[Dimension], now: datetime) -> dict
     }
 
 
-def _facts(row_type: Any, fact_type: Any, since: datetime) -> Any:
+def facts_between(since: datetime, until: datetime) -> tuple[Iterator[CostFact], Iterator[GpuFact]]:
+    """The minutes in [since, until), the oldest first: two queries, whatever their number."""
+    return (
+        _facts(CostMinute, CostFact, since, until),
+        _facts(GpuMinute, GpuFact, since, until),
+    )
+
+
+def _facts(row_type: Any, fact_type: Any, since: datetime, until: datetime) -> Any:
     names = [spec.name for spec in fields(fact_type)]
-    found = row_type.objects.filter(minute__gte=since).values_list(*names)
+    found = row_type.objects.filter(minute__gte=since, minute__lt=until).values_list(*names)
     return (fact_type(*values) for values in found.iterator(ROWS_PER_READ))

@@ -11,6 +11,8 @@ from django.http.response import HttpResponseBase
 from whitenoise.middleware import WhiteNoiseMiddleware
 from whitenoise.responders import StaticFile
 
+from console import audit
+
 View = Callable[..., HttpResponseBase]
 
 POLICY = (
@@ -25,6 +27,7 @@ CHART_POLICY = POLICY.replace(
     "style-src 'self'",
     f"style-src 'self' '{PLOTLY_STYLE_HASH}'; style-src-attr 'unsafe-inline'",
 )
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -56,6 +59,19 @@ class SecurityMiddleware:
         response.headers.setdefault(
             "Permissions-Policy", "camera=(), geolocation=(), microphone=()"
         )
+        return response
+
+
+class AuditMiddleware:
+    """After a request that may have written, the admin's new entries join the audit chain."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponseBase]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        response = self.get_response(request)
+        if request.method not in SAFE_METHODS and request.user.is_authenticated:
+            audit.feed()
         return response
 
 

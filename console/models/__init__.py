@@ -1,6 +1,7 @@
 """Rows of the console, and the rules of one row."""
 
 from console.models.alerts import Alert, AlertRule
+from console.models.audit import AuditEvent
 from console.models.contracts import ContractRow
 from console.models.costs import CostMinute, GpuMinute
 from console.models.files import Batch, BatchLine, File
@@ -21,6 +22,7 @@ __all__ = [
     "AlertRule",
     "ApiKey",
     "ApiToken",
+    "AuditEvent",
     "Batch",
     "BatchLine",
     "CapacityBin",

@@ -1,13 +1,9 @@
 """Requests: those running now, the history with filters, and why one request went where it went."""
 
-import csv
-import io
-import json
 from datetime import datetime
 from typing import Any
 
 from django.contrib import messages
-from django.core.serializers.json import DjangoJSONEncoder
 from django.db.models import Count, Max, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
@@ -19,7 +15,7 @@ from console import audit, explaining, livefeed, waterfall
 from console.auth import operator_required
 from console.forms import RANGES, HistoryFilter, known_classes
 from console.models import RequestRecord
-from console.pages import cluster
+from console.pages import cluster, exports
 
 PAGE_ROWS = 50
 RECENT_ROWS = 15
@@ -68,8 +64,9 @@ def history(request: HttpRequest) -> HttpResponse:
     filters = form.values()
     found = matching(filters, timezone.now())
     num_found = found[: COUNT_MAX + 1].count()
-    if request.GET.get("format") in ("csv", "json"):
-        return export(found[:COUNT_MAX], request.GET["format"])
+    if request.GET.get("format") in exports.KINDS:
+        rows = found[:COUNT_MAX].values(*EXPORT_FIELDS)
+        return exports.download(list(rows), EXPORT_FIELDS, request.GET["format"], "requests")
     rows = list(before(found, request.GET.get("before", ""))[: PAGE_ROWS + 1])
     context = {
         "page": "history",
@@ -163,29 +160,6 @@ def query_of(request: HttpRequest, before_cursor: str = "") -> str:
     """The query string with its filters, without empty ones, and with another cursor."""
     kept = [(k, v) for k, v in request.GET.items() if v and k not in ("before", "format")]
     return urlencode([*kept, ("before", before_cursor)] if before_cursor else kept)
-
-
-def export(found: QuerySet[RequestRecord], kind: str) -> HttpResponse:
-    """The matching rows as a file, at most COUNT_MAX of them."""
-    rows = list(found.values(*EXPORT_FIELDS))
-    if kind == "json":
-        text, content_type = json.dumps(rows, cls=DjangoJSONEncoder), "application/json"
-    else:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, EXPORT_FIELDS)
-        writer.writeheader()
-        writer.writerows({name: guarded(value) for name, value in row.items()} for row in rows)
-        text, content_type = buffer.getvalue(), "text/csv; charset=utf-8"
-    disposition = f'attachment; filename="requests.{kind}"'
-    return HttpResponse(
-        text, content_type=content_type, headers={"content-disposition": disposition}
-    )
-
-
-def guarded(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets a quote in front (OWASP)."""
-    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
-    return f"'{value}" if is_formula else value
 
 
 @operator_required

@@ -4,6 +4,7 @@ from django.urls import path
 
 from console.pages import (
     alerts,
+    audit,
     batches,
     keys,
     overview,
@@ -12,6 +13,7 @@ from console.pages import (
     requests,
     routing,
     split,
+    usage,
     workers,
 )
 
@@ -43,6 +45,8 @@ urlpatterns = [
     path("keys/create/", keys.add, name="key_add"),
     path("keys/<str:public_id>/rotate/", keys.rotate, name="key_rotate"),
     path("keys/<str:public_id>/revoke/", keys.revoke, name="key_revoke"),
+    path("usage/", usage.usage, name="usage"),
+    path("audit/", audit.audit, name="audit"),
     path("batches/", batches.batches, name="batches"),
     path("batches/<str:batch_id>/", batches.detail, name="batch"),
     path("batches/<str:batch_id>/pause/", batches.pause, name="batch_pause"),
