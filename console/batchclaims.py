@@ -3,7 +3,7 @@
 Everything here runs in the writer's transaction and is safe when several processes do it at once.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,8 +12,10 @@ from django.db.models import Exists, F, OuterRef
 
 from console.incarnation import is_dead
 from console.models import Batch, BatchLine
+from controlplane.backfill import Allotment, OpenBatch
 
 LEASE = timedelta(seconds=60)  # a holder that is silent this long loses its lines
+BATCHES_MAX = 256  # open batches that are weighed against each other, earliest deadline first
 ATTEMPTS_MAX = 3  # a line that made its run fail this often has failed
 
 OPEN = ("in_progress", "finalizing", "cancelling")
@@ -38,32 +40,32 @@ class ClaimedLine:
 class Round:
     """What one look at the tables found."""
 
-    claimed: tuple[ClaimedLine, ...]
+    open: tuple[OpenBatch, ...]  # batches with lines to start
     cancelling: frozenset[int]  # batches whose lines in hand shall stop
     ended: tuple[int, ...]  # batches without a line left to run
 
 
-def take_round(
-    incarnation: str,
-    in_flight: Mapping[str, int],
-    paused_models: Collection[str],
-    lines_max: int,
-    now: datetime,
-) -> Round:
-    """End what is cancelled or too late, then claim lines up to `lines_max` in flight per model,
-    earliest deadline first."""
+def look(in_flight: Mapping[int, int], pending_max: int, now: datetime) -> Round:
+    """End what is cancelled or too late; say what could run. `in_flight` are lines in hand by
+    batch; of the lines that wait no more than pending_max are counted."""
     _end_pending(Batch.objects.filter(status="cancelling"), "cancelled", now)
     _end_pending(Batch.objects.filter(status="in_progress", expires_at__lte=now), "expired", now)
-    running = Batch.objects.filter(status="in_progress", is_paused=False)
-    claimed: list[ClaimedLine] = []
-    for model_id in running.order_by("model_id").values_list("model_id", flat=True).distinct():
-        room = lines_max - in_flight.get(model_id, 0)
-        if room > 0 and model_id not in paused_models:
-            claimed += _claim(model_id, room, incarnation, now)
+    is_pending = BatchLine.objects.filter(batch=OuterRef("pk"), status="pending")
+    running = Batch.objects.filter(Exists(is_pending), status="in_progress", is_paused=False)
     is_left = BatchLine.objects.filter(batch=OuterRef("pk"), status__in=("pending", "claimed"))
     open_batches = Batch.objects.filter(status__in=OPEN)
     return Round(
-        claimed=tuple(claimed),
+        open=tuple(
+            OpenBatch(
+                batch_id=batch.pk,
+                tenant_id=batch.tenant.slug,
+                model_id=batch.model_id,
+                deadline_s=(batch.expires_at - now).total_seconds(),
+                pending=batch.lines.filter(status="pending").order_by()[:pending_max].count(),
+                in_flight=in_flight.get(batch.pk, 0),
+            )
+            for batch in running.select_related("tenant").order_by("expires_at", "pk")[:BATCHES_MAX]
+        ),
         cancelling=frozenset(
             Batch.objects.filter(status="cancelling").values_list("pk", flat=True)
         ),
@@ -77,16 +79,26 @@ def _end_pending(batches: Any, status: str, now: datetime) -> None:
     )
 
 
-def _claim(model_id: str, room: int, incarnation: str, now: datetime) -> list[ClaimedLine]:
+def claim(
+    allotments: Sequence[Allotment], incarnation: str, now: datetime
+) -> tuple[ClaimedLine, ...]:
+    """Lines of running batches, as many of each as allotted, neighbours by prefix."""
+    claimed: list[ClaimedLine] = []
+    for allotment in allotments:
+        claimed += _claim(allotment, incarnation, now)
+    return tuple(claimed)
+
+
+def _claim(allotment: Allotment, incarnation: str, now: datetime) -> list[ClaimedLine]:
     lines = (
         BatchLine.objects.filter(
             status="pending",
-            model_id=model_id,
+            batch_id=allotment.batch_id,
             batch__status="in_progress",
             batch__is_paused=False,
         )
         .select_related("batch__tenant")
-        .order_by("batch__expires_at", "batch_id", "prefix_key", "pk")[:room]
+        .order_by("prefix_key", "pk")[: allotment.lines]
     )
     return [
         ClaimedLine(

@@ -9,9 +9,13 @@ stored: every custom_id ends exactly once.
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
+from typing import Protocol
 
 from channels.db import database_sync_to_async
 from django.db import DatabaseError
@@ -27,10 +31,11 @@ from console.models import BatchLine
 from console.snapshot import SnapshotKeeper
 from console.tokens import Tokenizers
 from console.writer import FactWriter
+from controlplane.backfill import Allotment, OpenBatch
 
 logger = logging.getLogger(__name__)
 
-LINES_MAX = 16  # lines in flight for each model; they wait at the workers, not here
+LINES_MAX = 2_048  # lines in flight, whatever the plane would take
 POLL_S = 1.0  # how soon a batch that another process submitted is noticed
 RENEW_S = LEASE.total_seconds() / 3
 ASSESS_S = 60.0  # between two tests of all promises
@@ -39,12 +44,23 @@ PAUSE_S_MAX = 10.0
 WRITE_RETRY_S = 0.5
 
 
+class PlaneFleet(Protocol):
+    """What the feeder asks of the fleet; `console.fleet.Fleet`."""
+
+    def lines_wanted(self, batches: Sequence[OpenBatch]) -> list[Allotment]:
+        """Which lines the plane wants now."""
+
+    def assessed(self, model_id: str, slack: float) -> int:
+        """The least slack of a model's promises; gives how far batch goes for them."""
+
+
 class BatchFeeder:
-    """Keeps at most `lines_max` lines of each model in flight, and nothing else of a batch."""
+    """Submits the lines that the plane wants, at most `lines_max` at once; keeps nothing else."""
 
     def __init__(
         self,
         gateway: Gateway,
+        fleet: PlaneFleet,
         writer: FactWriter,
         snapshot: SnapshotKeeper,
         tokenizers: Tokenizers,
@@ -54,17 +70,19 @@ class BatchFeeder:
         self.incarnation = new_incarnation()
         self.num_failed_runs = 0  # lines whose run ended in a bug of ours
         self._gateway = gateway
+        self._fleet = fleet
         self._writer = writer
         self._snapshot = snapshot
         self._tokenizers = tokenizers
         self._lines_max = lines_max
         self._poll_s = poll_s
-        self._tasks: dict[int, asyncio.Task[None]] = {}  # by line, at most lines_max per model
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by line, at most lines_max
         self._lines: dict[int, ClaimedLine] = {}
         self._pause_s: dict[str, float] = {}  # by model; bounded by the models of open batches
         self._paused_until_s: dict[str, float] = {}
         self._renew_at_s = 0.0
         self._assess_at_s = 0.0
+        self._escalated: set[str] = set()  # models whose batches go beyond harvest
         self._wake = asyncio.Event()
         self._cancelling: frozenset[int] = frozenset()
         self._is_held = False
@@ -113,14 +131,10 @@ class BatchFeeder:
             self._renew_at_s = now_s + RENEW_S
         if now_s >= self._assess_at_s:
             self._assess_at_s = now_s + ASSESS_S
-            await self._writer.call(quotes.assess, now)
-        in_flight = Counter(line.model_id for line in self._lines.values())
-        paused = [model for model, until_s in self._paused_until_s.items() if now_s < until_s]
-        lines_max = 0 if self._is_held else self._lines_max
-        found = await self._writer.call(
-            batchclaims.take_round, self.incarnation, in_flight, paused, lines_max, now
-        )
-        for line in found.claimed:
+            await self._assess(now)
+        in_flight = Counter(line.batch_pk for line in self._lines.values())
+        found = await self._writer.call(batchclaims.look, in_flight, self._lines_max, now)
+        for line in await self._claim(found.open, now, now_s):
             self._lines[line.line_pk] = line
             self._tasks[line.line_pk] = asyncio.create_task(self._run_line(line))
         self._cancelling = found.cancelling
@@ -129,6 +143,34 @@ class BatchFeeder:
                 self._tasks[line.line_pk].cancel()
         for batch_pk in found.ended:
             await self._assemble(batch_pk)
+
+    async def _assess(self, now: datetime) -> None:
+        """Test all promises; a model without any has all the slack."""
+        least = await self._writer.call(quotes.assess, now)
+        for model_id in sorted({*least, *self._escalated}):
+            level = self._fleet.assessed(model_id, least.get(model_id, math.inf))
+            await self._writer.call(quotes.store_level, model_id, level)
+            self._escalated.discard(model_id)
+            if level:
+                self._escalated.add(model_id)
+
+    async def _claim(
+        self, batches: Sequence[OpenBatch], now: datetime, now_s: float
+    ) -> Sequence[ClaimedLine]:
+        """What the plane wants of them; a model that has just refused a line is left alone."""
+        room = 0 if self._is_held else self._lines_max - len(self._lines)
+        able = [b for b in batches if self._paused_until_s.get(b.model_id, 0.0) <= now_s]
+        if room <= 0 or not able:
+            return ()
+        allotments = []
+        for wanted in self._fleet.lines_wanted(able):
+            lines = min(wanted.lines, room)
+            room -= lines
+            if lines:
+                allotments.append(Allotment(wanted.batch_id, lines))
+        if not allotments:
+            return ()
+        return await self._writer.call(batchclaims.claim, allotments, self.incarnation, now)
 
     async def _assemble(self, batch_pk: int) -> None:
         """Write the files of an ended batch in a thread; what fails is tried in the next round."""

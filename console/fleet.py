@@ -24,9 +24,11 @@ from console.metrics import Metrics
 from console.transport import CLOSE_POLICY, WorkerLink
 from console.writer import FactWriter
 from controlplane import domain, protocol
+from controlplane.backfill import Allotment, OpenBatch
 from controlplane.contracts import Preview
 from controlplane.decisions import Explanation
 from controlplane.errors import ConfigError
+from controlplane.escalation import LEVEL_NAMES
 from controlplane.gpuledger import GpuView
 from controlplane.ledger import AccountView, RateView
 from controlplane.overload import OverloadView
@@ -117,6 +119,15 @@ class Fleet:
     def preview(self, contracts: Sequence[domain.Contract]) -> tuple[Preview, ...]:
         """What these contracts would commit; nothing changes."""
         return self._plane.preview(contracts)
+
+    def lines_wanted(self, batches: Sequence[OpenBatch]) -> list[Allotment]:
+        """Which lines of open batches to submit now; nothing changes."""
+        return self._plane.lines_wanted(batches, self.now_s())
+
+    def assessed(self, model_id: str, slack: float) -> int:
+        """The promises of a model were tested; gives how far batch goes for them now."""
+        self.handle(domain.SlackAssessed(model_id, slack))
+        return self._plane.batch_level(model_id)
 
     def mint_join_token(self, name: str) -> str:
         """A token for one Hello of a worker."""
@@ -338,6 +349,9 @@ class Fleet:
                 self._send(worker_id, protocol.LoadModel(model_id))
             case domain.StartWorker() | domain.StopWorker() | domain.DrainWorker():
                 self._size_fleet(command)
+            case domain.Escalated(model_id, level, slack):
+                words = LEVEL_NAMES[level]
+                logger.info("batch level model=%s level=%s slack=%.2f", model_id, words, slack)
             case domain.Harvested():
                 self._records.harvest(command)
             case domain.PlanChanged():

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from console.snapshot import Snapshot
 from controlplane.kappas import KappaRow, kappa_for
 from controlplane.protocol import Policy
@@ -14,4 +16,5 @@ def policy_for(snapshot: Snapshot, kappas: Sequence[KappaRow]) -> Policy:
         return Policy()
     itl_s = min(slo.itl_s_p99 for slo in targets)
     ttft_s = min(slo.ttft_s_p99 for slo in targets)
-    return Policy.for_targets(ttft_s, itl_s, kappa_for(kappas, ttft_s, itl_s))
+    policy = Policy.for_targets(ttft_s, itl_s, kappa_for(kappas, ttft_s, itl_s))
+    return structs.replace(policy, top_rank=min(slo.rank for slo in targets))

@@ -169,3 +169,9 @@ def assess(now: datetime) -> dict[str, float]:
 
 
 SLACK_MAX = 1_000.0  # stored for a batch that asks for almost nothing
+
+
+def store_level(model_id: str, level: int) -> None:
+    """How far batch goes for the open batches of a model."""
+    running = Batch.objects.filter(model_id=model_id, status="in_progress")
+    running.exclude(level=level).update(level=level)

@@ -47,6 +47,7 @@ class ControlPlaneConfig:
     sequences_max: int = 256  # online sequences on one worker
     batch_rows_max: int = 64  # batch sequences on one worker
     surplus_reserve: float = 0.125  # share of a worker's sequences that surplus never takes
+    batch_line_tokens: float = 512.0  # of a line's KV, until a worker holds one
     batch_kv_reserve: float = 0.125  # share of a worker's blocks that batch never takes
     hold_s_min: float = 2.0  # prompts predicted before a new one; more stays in our queue
     moves_max: int = 5  # times that a request may lose its worker

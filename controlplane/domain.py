@@ -355,6 +355,14 @@ class ClassesSet:
 
 
 @dataclass(frozen=True, slots=True)
+class SlackAssessed:
+    """The least slack of a model's promised batches, tested once a minute."""
+
+    model_id: str
+    slack: float
+
+
+@dataclass(frozen=True, slots=True)
 class ServerDraining:
     """The console takes no new request from now on."""
 
@@ -391,6 +399,7 @@ Event = (
     | ContractsSet
     | PolicyChanged
     | ClassesSet
+    | SlackAssessed
     | ServerDraining
     | HostLoad
     | Tick
@@ -550,6 +559,15 @@ class Harvested:
 
 
 @dataclass(frozen=True, slots=True)
+class Escalated:
+    """How far batch goes for its promises has changed: an index of escalation.LEVEL_NAMES."""
+
+    model_id: str
+    level: int
+    slack: float
+
+
+@dataclass(frozen=True, slots=True)
 class FailoverCounted:
     """A request left a worker that was lost, fenced or silent."""
 
@@ -590,6 +608,7 @@ Command = (
     | FailoverCounted
     | MoveCounted
     | Harvested
+    | Escalated
 )
 
 # --- views: what pages and metrics read ----------------------------------------------------------

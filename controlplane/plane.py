@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from controlplane import domain, protocol, views
+from controlplane.backfill import Allotment, Backfill, OpenBatch, allot
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
 from controlplane.contracts import Preview, preview
@@ -35,6 +36,7 @@ class ControlPlane:
         self._planner = Planner(config)
         self._gpu = GpuLedger()
         self._harvest = HarvestMeter()
+        self._backfill = Backfill(config)
         self._ticked_at_s: float | None = None
         self._commands: list[Command] = []  # of the event in hand
         self._requests = Requests(config, self._registry, self._planner, self._commands)
@@ -89,6 +91,8 @@ class ControlPlane:
                 self._requests.decisions.set_classes(classes)
             case domain.PolicyChanged():
                 self._on_policy(event)
+            case domain.SlackAssessed(model_id, slack):
+                self._on_slack(model_id, slack, now_s)
             case domain.ServerDraining():
                 self._requests.is_draining = True
             case domain.HostLoad(signals):
@@ -155,6 +159,21 @@ class ControlPlane:
         found = [self._registry.capacity(model_id) for model_id in sorted(models)]
         return preview(before, contracts, [item for item in found if item is not None])
 
+    def batch_level(self, model_id: str) -> int:
+        """How far batch goes for the promises of a model."""
+        return self._backfill.level(model_id)
+
+    def lines_wanted(self, batches: Sequence[OpenBatch], now_s: float) -> list[Allotment]:
+        """Which lines of the open batches to submit now, model by model; changes nothing."""
+        found: list[Allotment] = []
+        workers = list(self._registry.workers.values())
+        for model_id in sorted({batch.model_id for batch in batches}):
+            waiting = self._requests.batch_lines_waiting(model_id)
+            lines = self._backfill.lines_wanted(model_id, workers, waiting, now_s)
+            of_model = [batch for batch in batches if batch.model_id == model_id]
+            found += allot(of_model, lines, is_tight=self._backfill.level(model_id) > 0)
+        return found
+
     # --- workers ---------------------------------------------------------------------------------
 
     def _on_hello(
@@ -172,6 +191,8 @@ class ControlPlane:
                 domain.CloseWorker(worker.worker_id, "joined again on a new connection")
             )
         self._commands.append(domain.Greet(event.connection_id, self._registry.welcome(worker)))
+        if self._backfill.loose_kappa(worker.model_id):
+            self._send_policy(worker)
         if worker.role != hello.role:
             self._commands.append(domain.SendRole(worker.worker_id, worker.role))
         if worker.is_drain_ordered:
@@ -225,7 +246,22 @@ class ControlPlane:
         self._registry.policy = policy
         for worker in self._registry.workers.values():
             if worker.status != "lost":
-                self._commands.append(domain.SendPolicy(worker.worker_id, policy))
+                self._send_policy(worker)
+
+    def _send_policy(self, worker: Worker) -> None:
+        """What is in force, with what its model's batches need."""
+        loose = self._backfill.loose_kappa(worker.model_id)
+        policy = msgspec.structs.replace(self._registry.policy, loose_kappa=loose)
+        self._commands.append(domain.SendPolicy(worker.worker_id, policy))
+
+    def _on_slack(self, model_id: str, slack: float, now_s: float) -> None:
+        if not self._backfill.assess(model_id, slack, now_s):
+            return
+        level = self._backfill.level(model_id)
+        self._commands.append(domain.Escalated(model_id, level, slack))
+        for worker in self._registry.workers.values():
+            if worker.status != "lost" and worker.model_id == model_id:
+                self._send_policy(worker)
 
     def _lose(self, worker: Worker, why: str, now_s: float, is_crash: bool = False) -> None:
         """From here on nothing that this incarnation says counts."""
@@ -246,6 +282,9 @@ class ControlPlane:
         if tracked is not None and tracked.request.slo.is_batch and event.status == "completed":
             tokens = cost_tokens(tracked.request.prompt_tokens, event.output_tokens)
             self._harvest.ended(tracked.request.model_id, tokens)
+            prompt, most = tracked.request.prompt_tokens, tracked.request.output_tokens_max
+            used = prompt + event.output_tokens
+            self._backfill.ended(tracked.request.model_id, used, prompt + most, now_s)
         self._requests.finished(event, now_s)
 
     # --- time ------------------------------------------------------------------------------------

@@ -122,6 +122,9 @@ class Requests:
             **self._placer.sizes(),
         }
 
+    def batch_lines_waiting(self, model_id: str) -> int:
+        return self._room.num_batch_lines(model_id)
+
     def batch_models_waiting(self) -> frozenset[str]:
         return self._room.batch_models()
 

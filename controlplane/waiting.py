@@ -199,6 +199,10 @@ class WaitingRoom:
             if not queue.is_batch
         }
 
+    def num_batch_lines(self, model_id: str) -> int:
+        """Batch lines of a model that wait, moving ones included."""
+        return sum(item.slo.is_batch and item.model_id == model_id for item in self._all())
+
     def batch_models(self) -> frozenset[str]:
         """Models of which batch lines wait for a first start."""
         queues = [queue for queue in self._queues.values() if queue.is_batch]

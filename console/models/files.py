@@ -147,7 +147,7 @@ class BatchLine(models.Model):
             models.UniqueConstraint(fields=["batch", "line_index"], name="line_index_once"),
         ]
         indexes = [
-            models.Index(fields=["status", "model_id", "id"], name="line_pending"),
+            models.Index(fields=["batch", "status", "prefix_key", "id"], name="line_next"),
             models.Index(fields=["claimed_by"], name="line_claimed_by"),
         ]
 

@@ -20,7 +20,7 @@ from django.utils import timezone
 
 from console import batchclaims, batchlines
 from console.apierrors import ApiError
-from console.batchclaims import ATTEMPTS_MAX, LEASE, ClaimedLine, take_round
+from console.batchclaims import ATTEMPTS_MAX, LEASE, ClaimedLine
 from console.batches import PAUSE_S_MAX, PAUSE_S_MIN, BatchFeeder
 from console.generation import PLAIN, Refusal
 from console.incarnation import is_dead, new_incarnation
@@ -29,6 +29,7 @@ from console.snapshot import Snapshot
 from console.tokens import Tokenizers
 from console.writer import FactWriter
 from controlplane import domain, protocol
+from controlplane.backfill import allot
 from tests.console import rows
 from tests.console.memoryserver import MODEL_ID, MemoryServer
 from tests.factories import make_load
@@ -80,7 +81,9 @@ class Lane:
             worker.script = options.pop("script", speak)
         keeper = SimpleNamespace(current=snapshot)
         gateway = options.pop("gateway", self.server.gateway)
-        self.feeder = BatchFeeder(gateway, writer, keeper, Tokenizers(), poll_s=0.01, **options)
+        self.feeder = BatchFeeder(
+            gateway, self.server.fleet, writer, keeper, Tokenizers(), poll_s=0.01, **options
+        )
 
     async def until(self, is_so: Callable[[], bool]) -> None:
         async with asyncio.timeout(GUARD_S):
@@ -237,10 +240,16 @@ def test_a_killed_server_loses_and_repeats_nothing(
     assert len(lane.server.worker.assigned) == 10 - len(done)  # nothing finished is repeated
 
 
+def take(incarnation: str, now: Any, lines: int = 8) -> tuple[ClaimedLine, ...]:
+    """As many lines as asked for, earliest deadline first."""
+    found = batchclaims.look({}, lines, now)
+    return batchclaims.claim(allot(found.open, lines, is_tight=True), incarnation, now)
+
+
 def test_lines_of_a_living_run_are_left_alone(tenant: Tenant, tmp_path: Path) -> None:
     batch, now = submit(tenant, tmp_path, 2), timezone.now()
     living = new_incarnation()
-    assert len(take_round(living, {}, [], 8, now).claimed) == 2
+    assert len(take(living, now)) == 2
     assert batchclaims.release_dead("other", now) == 0
     assert batchclaims.renew(living, now + timedelta(seconds=30)) == 2
     assert batchclaims.release_dead("other", now + LEASE) == 0
@@ -252,9 +261,9 @@ def test_a_run_that_lost_its_lease_cannot_store_its_result(tenant: Tenant, tmp_p
     submit(tenant, tmp_path, 1)
     now = timezone.now()
     stalled, other = "elsewhere:1:1:aaaa", "elsewhere:1:1:bbbb"
-    [line] = take_round(stalled, {}, [], 8, now).claimed
+    [line] = take(stalled, now)
     assert batchclaims.release_dead(other, now + LEASE) == 1
-    [again] = take_round(other, {}, [], 8, now).claimed
+    [again] = take(other, now)
     assert (again.line_pk, again.attempts) == (line.line_pk, 2)
     assert not BatchLine.finish(line.line_pk, stalled, "completed", response={"by": "stalled"})
     assert not batchclaims.release(line.line_pk, stalled, 0)
@@ -277,15 +286,21 @@ def test_two_feeders_share_the_lines(tenant: Tenant, writer: FactWriter, tmp_pat
     assert sum(len(lane.server.worker.assigned) for lane in lanes) == 24
 
 
-def test_the_earliest_deadline_runs_first_and_pauses_count(tenant: Tenant, tmp_path: Path) -> None:
+def test_the_earliest_deadline_runs_first(tenant: Tenant, tmp_path: Path) -> None:
     late = submit(tenant, tmp_path, 2)
     soon = submit(tenant, tmp_path, 2)
     now = timezone.now()
     Batch.objects.filter(pk=soon.pk).update(expires_at=now + timedelta(hours=1))
-    assert take_round("r", {MODEL_ID: 8}, [], 8, now).claimed == ()
-    assert take_round("r", {}, [MODEL_ID], 8, now).claimed == ()
-    claimed = take_round("r", {MODEL_ID: 5}, [], 8, now).claimed
-    assert [line.batch_pk for line in claimed] == [soon.pk, soon.pk, late.pk]
+    assert take("r", now, 0) == ()
+    assert [line.batch_pk for line in take("r", now, 3)] == [soon.pk, soon.pk, late.pk]
+
+
+def test_neighbours_by_prefix_are_claimed_together(tenant: Tenant, tmp_path: Path) -> None:
+    batch = submit(tenant, tmp_path, 4)
+    for index, key in enumerate(("b", "a", "b", "a")):
+        batch.lines.filter(line_index=index).update(prefix_key=key)
+    claimed = take("r", timezone.now(), 3)
+    assert [line.custom_id for line in claimed] == ["c1", "c3", "c0"]
 
 
 def test_a_stopped_server_gives_its_lines_back_untried(
@@ -440,7 +455,7 @@ def test_results_wait_for_the_database(tenant: Tenant, tmp_path: Path) -> None:
 
 
 def test_a_pause_doubles_up_to_its_maximum(writer: FactWriter) -> None:
-    feeder = BatchFeeder(None, writer, None, None)  # type: ignore[arg-type]
+    feeder = BatchFeeder(None, None, writer, None, None)  # type: ignore[arg-type]
     pauses = []
     for _ in range(8):
         feeder._pause("m")

@@ -287,9 +287,9 @@ def test_a_refusal_says_what_is_missing():
 def test_a_paused_batch_starts_no_line_until_it_is_resumed(tmp_path: Path):
     batch, now = rows.make_batch(Tenant.objects.get(), tmp_path), timezone.now()
     assert batchclaims.pause(batch.batch_id) and not batchclaims.pause(batch.batch_id)
-    assert batchclaims.take_round("r", {}, [], 8, now).claimed == ()
+    assert batchclaims.look({}, 8, now).open == ()
     assert batchclaims.resume(batch.batch_id) and not batchclaims.resume(batch.batch_id)
-    assert len(batchclaims.take_round("r", {}, [], 8, now).claimed) == 3
+    assert [found.pending for found in batchclaims.look({}, 8, now).open] == [3]
 
 
 def test_the_command_pauses_and_resumes_once(tmp_path: Path):

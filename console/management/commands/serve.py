@@ -292,7 +292,7 @@ def compose(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> state.Serve
         snapshot=snapshot,
         writer=writer,
         tokenizers=tokenizers,
-        batches=BatchFeeder(gateway, writer, snapshot, tokenizers),
+        batches=BatchFeeder(gateway, fleet, writer, snapshot, tokenizers),
         workers=WorkerProcs(
             specs=specs,
             join_url=lambda: f"ws://{address(options, current)}/ws/worker",
