@@ -20,7 +20,6 @@ from controlplane.escalation import LOOSE_KAPPAS
 from tests.controlplane.rig import Rig, of
 from tests.factories import BATCH, MODEL
 
-
 ROW = st.tuples(st.integers(0, 50), st.integers(1, 9_999), st.sampled_from("abc"))
 
 
