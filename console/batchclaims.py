@@ -59,6 +59,7 @@ def look(in_flight: Mapping[int, int], pending_max: int, now: datetime) -> Round
             OpenBatch(
                 batch_id=batch.pk,
                 tenant_id=batch.tenant.slug,
+                weight=batch.tenant.weight,
                 model_id=batch.model_id,
                 deadline_s=(batch.expires_at - now).total_seconds(),
                 pending=batch.lines.filter(status="pending").order_by()[:pending_max].count(),

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 LINES_MAX = 2_048  # lines in flight, whatever the plane would take
 POLL_S = 1.0  # how soon a batch that another process submitted is noticed
+ROUND_S_MIN = 0.25  # between rounds, however many lines end; see controlplane.backfill.REFILL_S
 RENEW_S = LEASE.total_seconds() / 3
 ASSESS_S = 60.0  # between two tests of all promises
 PAUSE_S_MIN = 0.5  # a model that cannot take lines now is asked again after this, then twice it
@@ -114,6 +115,7 @@ class BatchFeeder:
                     await self._round()
                 except DatabaseError as error:
                     logger.error("batch round failed: %s", error)
+                await asyncio.sleep(min(ROUND_S_MIN, self._poll_s))
                 # Not wait_for, which on Python 3.11 swallows a cancellation that meets the wake-up.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._poll_s):

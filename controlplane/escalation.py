@@ -14,7 +14,8 @@ LEVEL_NAMES = ("harvest", "full steps", "longer steps", "short of workers")
 SLACKS = (0.5, 0.2, 0.0)
 BACK = 0.1
 DWELL_S = 60.0  # at least between two changes; the certificate is tested once a minute
-# Share of the ITL target that batch may fill in steps without a top-class row; 0: as in others.
+# Share of the ITL target that batch may fill in steps without a top-class row; 0: as in others. No
+# token that is due waits for it, so beyond 1 it tells only where online prompts are alone.
 LOOSE_KAPPAS = (0.0, 1.0, 2.0, 2.0)
 
 

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from controlplane import decisions, domain, protocol
 from controlplane.admission import Outlook, late_by_s, late_text
+from controlplane.backfill import Backfill
 from controlplane.calibration import TTFTCalibration, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.decisions import DecisionBook
@@ -30,12 +31,14 @@ class Placer:
         config: ControlPlaneConfig,
         registry: Registry,
         planner: Planner,
+        backfill: Backfill,
         tracked: Mapping[str, Tracked],
         commands: list[Command],
     ) -> None:
         self._config = config
         self._registry = registry
         self._planner = planner
+        self._backfill = backfill
         self._tracked = tracked
         self._commands = commands
         self.pools = Pools(config)
@@ -156,6 +159,7 @@ class Placer:
             is_surplus=tracked.is_lent,
             is_struck=tracked.num_strikes > 0,
             margin=self.calibration.margin,
+            lengths=self._backfill.lengths(request.model_id),
         )
 
     def sizes(self) -> dict[str, tuple[int, int]]:

@@ -39,7 +39,9 @@ class ControlPlane:
         self._backfill = Backfill(config)
         self._ticked_at_s: float | None = None
         self._commands: list[Command] = []  # of the event in hand
-        self._requests = Requests(config, self._registry, self._planner, self._commands)
+        self._requests = Requests(
+            config, self._registry, self._planner, self._backfill, self._commands
+        )
         self._plans = Plans(config, self._registry, self._planner, self._requests, self._commands)
 
     def handle(

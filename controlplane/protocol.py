@@ -293,7 +293,7 @@ class Policy(msgspec.Struct, frozen=True):
     chunk_tokens_max: int = 512  # of one sequence in one step
     step_tokens_max: int = 1024  # token rows of one step; bounds activation memory
     first_token_share: float = 0.25  # of batch's target, in a step that yields a first token
-    # In steps whose online rows are all of classes below the top one, by rank: what batch may fill
+    # While no row of the top class, by rank, is online at a worker: what batch may fill of a step
     # when its promises are short of time. 0: as in any step.
     loose_kappa: float = 0.0
     top_rank: int = 0

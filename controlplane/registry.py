@@ -105,6 +105,7 @@ class Worker:
     num_online: int = 0
     num_online_decoding: int = 0  # of them, those that decode here, or will
     num_batch: int = 0
+    batch_blocks: int = 0  # that its batch sequences may come to hold
     online_context_tokens: int = 0  # prompts of the online sequences that decode here
     num_struck: int = 0
     num_unproven: int = 0  # without an id from here yet
@@ -182,6 +183,7 @@ class Worker:
         self.num_unproven += sign * reservation.is_prefilling
         if reservation.is_batch:
             self.num_batch += sign
+            self.batch_blocks += sign * reservation.blocks
         else:
             self.num_online += sign
             if reservation.is_surplus and reservation.is_prefilling:
@@ -370,6 +372,8 @@ class Worker:
         online = [item for item in held if not item.is_batch]
         assert self.num_online == len(online), (self.worker_id, self.num_online, len(online))
         assert self.num_batch == len(held) - len(online), (self.worker_id, self.num_batch)
+        batch_blocks = sum(item.blocks for item in held if item.is_batch)
+        assert self.batch_blocks == batch_blocks, (self.worker_id, self.batch_blocks)
         decoding = [item for item in online if item.stage != "prefill"]
         assert self.num_online_decoding == len(decoding), (self.worker_id, len(decoding))
         context = sum(item.context_tokens for item in decoding)

@@ -16,6 +16,7 @@ from controlplane.admission import (
     refuse_worker,
     retry_key,
 )
+from controlplane.backfill import Backfill
 from controlplane.calibration import TTFTCalibration
 from controlplane.config import ControlPlaneConfig
 from controlplane.decisions import DecisionBook
@@ -65,6 +66,7 @@ class Requests:
         config: ControlPlaneConfig,
         registry: Registry,
         planner: Planner,
+        backfill: Backfill,
         commands: list[Command],
     ) -> None:
         self._config = config
@@ -73,7 +75,7 @@ class Requests:
         self._commands = commands
         self._num_by_tenant: dict[str, int] = {}  # online requests, waiting ones included
         self.tracked: dict[str, Tracked] = {}
-        self._placer = Placer(config, registry, planner, self.tracked, commands)
+        self._placer = Placer(config, registry, planner, backfill, self.tracked, commands)
         self._room = self._placer.room
         self._book = RetryBook(config)
         self._ejector = Ejector(config)

@@ -8,6 +8,7 @@ from math import ceil
 
 import msgspec
 
+from controlplane.batchroom import ALL_USED, Lengths, blocks_left
 from controlplane.calibration import Bucket, bucket_of
 from controlplane.config import ControlPlaneConfig
 from controlplane.domain import Candidate, GenerateRequest, SLOClass
@@ -32,6 +33,7 @@ class Ask(msgspec.Struct, frozen=True):
     is_surplus: bool = False
     is_struck: bool = False
     margin: Callable[[Bucket], float] = lambda bucket: 1.0  # of a TTFT's p99 over its mean
+    lengths: Lengths = ALL_USED  # of the model's batch lines
 
     def cached_tokens(self, worker: Worker, config: ControlPlaneConfig) -> tuple[int, int]:
         """Prompt tokens that the worker need not compute, in whole blocks of its own size, and how
@@ -117,6 +119,11 @@ def ineligible_reason(worker: Worker, ask: Ask, config: ControlPlaneConfig, outp
         free -= int(config.batch_kv_reserve * worker.hello.num_blocks)
     if needed > free:
         return f"needs {needed} KV blocks, {max(0, free)} free"
+    if request.slo.is_batch:
+        grown = ask.lengths.share(worker.num_batch + 1) * needed
+        left = blocks_left(worker, ask.lengths, config)
+        if grown > left:
+            return f"may need {grown:.0f} KV blocks, {max(0.0, left):.0f} left when batch has grown"
     return ""
 
 

@@ -87,7 +87,7 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
     decoding = state.decoding[: policy.step_tokens_max]
     draft.add_decodes(decoding, _context_tokens(decoding))
     floor_s = model.plan_s(draft.features)  # a step of decodes only
-    online = (*state.decoding, *state.prefilling)
+    online = state.decoding or state.prefilling
     itl_s = min((sequence.targets.itl_s for sequence in online), default=math.inf)
     # Where decodes alone take longer than the target no plan can meet it; prefill then gets as
     # much time as the decodes, or it would starve behind them.
@@ -116,13 +116,14 @@ def plan(now_s: float, state: SchedulerState, model: LatencyModel, policy: Polic
         # A first token waits for the whole step: what batch adds to it is all delay. Such steps
         # are few, so that keeping them short costs batch little.
         is_first = any(row.samples for row in draft.rows[num_decodes:])
+        first_share = policy.first_token_share if is_first else 1.0
         kappa = 1.0 if state.quiet_s >= QUIET_S else policy.kappa
-        share = kappa * (policy.first_token_share if is_first else 1.0)
-        batch_target_s = min(slack_s, share * itl_s) - model.host_s
-        if policy.loose_kappa and all(s.targets.rank > policy.top_rank for s in online):
+        batch_s = kappa * first_share * itl_s
+        if policy.loose_kappa and _is_loose(state, policy):
             # An arrival of the top class waits for this step: a tenth of its TTFT target at most.
-            loose_s = min(policy.loose_kappa * min(slack_s, itl_s), 2.0 * policy.tau_idle_s)
-            batch_target_s = max(batch_target_s, loose_s - model.host_s)
+            loose_s = policy.loose_kappa * first_share * itl_s
+            batch_s = max(batch_s, min(loose_s, 2.0 * policy.tau_idle_s))
+        batch_target_s = min(slack_s, batch_s) - model.host_s
     else:
         batch_target_s = max(policy.tau_idle_s, 2 * model.plan_s(StepFeatures(rows=1)))
     _add_batch(draft, state, batch_target_s, model, policy, must_progress=not online)
@@ -157,6 +158,12 @@ def plan_fixed_chunk(
 def _context_tokens(decoding: Seq[Sequence]) -> int:
     """KV tokens that these decode rows read."""
     return sum([sequence.computed_tokens for sequence in decoding]) + len(decoding)
+
+
+def _is_loose(state: SchedulerState, policy: Policy) -> bool:
+    """No row of the top class is online here, planned or not."""
+    ranks = [s.targets.rank for s in (*state.decoding, *state.prefilling)]
+    return min(ranks) > policy.top_rank
 
 
 def _slack_s(now_s: float, decoding: Seq[Sequence], floor_s: float, late_s: float) -> float:

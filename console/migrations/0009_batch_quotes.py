@@ -89,12 +89,4 @@ class Migration(migrations.Migration):
                 'constraints': [models.UniqueConstraint(fields=('model_id', 'start'), name='one_bin')],
             },
         ),
-        migrations.RemoveIndex(
-            model_name='batchline',
-            name='line_pending',
-        ),
-        migrations.AddIndex(
-            model_name='batchline',
-            index=models.Index(fields=['batch', 'status', 'prefix_key', 'id'], name='line_next'),
-        ),
     ]

@@ -93,7 +93,7 @@ class World:
 
     def capacity_s(self, index: int, level: int) -> float:
         """GPU-seconds of batch work in one bin at an escalation level."""
-        kappa = LOOSE_KAPPAS[level] or KAPPA
+        kappa = min(1.0, LOOSE_KAPPAS[level] or KAPPA)  # in most steps a row has a token due
         tax = (1.0 - LOOSE_STEPS) * T0_S / (KAPPA * ITL_S) + LOOSE_STEPS * T0_S / (kappa * ITL_S)
         share = max(0.0, 1.0 - tax - self.online[index])
         return self.workers[index] * BIN_S * self.phi[index] * share

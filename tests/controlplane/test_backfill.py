@@ -10,21 +10,21 @@ from controlplane.backfill import (
     ENDED_WINDOW_S,
     GROUP_LINES,
     Backfill,
-    Lengths,
     OpenBatch,
     allot,
-    room_of,
 )
+from controlplane.batchroom import Lengths, blocks_left, lines_left
 from controlplane.config import ControlPlaneConfig
 from controlplane.escalation import LOOSE_KAPPAS
 from tests.controlplane.rig import Rig, of
-from tests.factories import BATCH, MODEL
+from tests.factories import BATCH, MODEL, make_load
 
+TEN_BLOCKS = {"prompt_tokens": 16, "output_tokens_max": 145}
 ROW = st.tuples(st.integers(0, 50), st.integers(1, 9_999), st.sampled_from("abc"))
 
 
-def batch(batch_id, deadline_s=3_600.0, tenant="acme", pending=100, in_flight=0):
-    return OpenBatch(batch_id, tenant, MODEL.model_id, deadline_s, pending, in_flight)
+def batch(batch_id, deadline_s=3_600.0, tenant="acme", pending=100, in_flight=0, weight=1.0):
+    return OpenBatch(batch_id, tenant, weight, MODEL.model_id, deadline_s, pending, in_flight)
 
 
 def given_of(allotments):
@@ -50,13 +50,13 @@ def test_lines_in_flight_count_for_a_tenants_share():
     assert given_of(allot(batches, 2 * GROUP_LINES, is_tight=False)) == {2: 2 * GROUP_LINES}
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 50), st.integers(1, 9_999), st.sampled_from("abc")), max_size=8
-    ),
-    st.integers(0, 200),
-    st.booleans(),
-)
+def test_a_tenant_of_twice_the_weight_gets_twice_the_lines():
+    batches = [batch(1, tenant="acme", weight=2.0), batch(2, tenant="bolt")]
+    found = given_of(allot(batches, 9 * GROUP_LINES, is_tight=False))
+    assert found == {1: 6 * GROUP_LINES, 2: 3 * GROUP_LINES}
+
+
+@given(st.lists(ROW, max_size=8), st.integers(0, 200), st.booleans())
 def test_all_room_is_used_and_none_twice(rows, lines, is_tight):
     batches = [batch(i, float(d), t, pending) for i, (pending, d, t) in enumerate(rows)]
     found = allot(batches, lines, is_tight)
@@ -87,18 +87,48 @@ def test_rows_bound_the_lines_of_a_worker():
 def test_lines_never_ask_for_more_kv_than_they_may_come_to_hold():
     """Each may grow to 10 blocks; an eighth of the 2,048 is kept for online work."""
     rig = Rig(batch_rows_max=10_000)
-    name = rig.join(num_blocks=2_048)
+    worker = rig.plane._registry.workers[rig.join(num_blocks=2_048)]
     for index in range(20):
-        rig.submit(f"b{index}", slo=BATCH, prompt_tokens=16, output_tokens_max=145)
+        rig.submit(f"b{index}", slo=BATCH, **TEN_BLOCKS)
+    assert worker.num_batch == 20 and worker.batch_blocks == 200
+    assert lines_left(worker, Lengths(), rig.plane._config) == (2_048 - 256 - 200) // 10
+
+
+def test_lines_start_until_they_could_fill_the_kv_though_they_hold_little_now():
+    rig = Rig(batch_rows_max=10_000)
+    name = rig.join(num_blocks=2_048)
     worker = rig.plane._registry.workers[name]
-    assert {item.blocks for item in worker.reservations.values()} == {10}
-    room = room_of(worker, Lengths(), rig.plane._config)
-    assert room == (2_048 - 200 - 256) // 10
+    for index in range(300):
+        commands = rig.submit(f"b{index}", slo=BATCH, **TEN_BLOCKS)
+        for dispatch in of(domain.Dispatch, commands):
+            rig.accept(dispatch)
+        rig.send(name, make_load(kv_blocks_total=2_048, kv_blocks_free=2_000, step_index=index))
+    assert worker.num_batch == (2_000 - 256) // 10
+    assert blocks_left(worker, Lengths(), rig.plane._config) < 10
+    assert wanted(rig) == 0  # those that wait in the plane are enough
+    rig.finish("b0")
+    rig.tick(rig.plane._config.retry_every_s)
+    assert (2_000 - 256) // 10 <= worker.num_batch < 190  # others have started
+
+
+def test_a_worker_without_lines_is_offered_one_however_small_it_is():
+    rig = Rig()
+    worker = rig.plane._registry.workers[rig.join(num_blocks=8)]
+    assert lines_left(worker, Lengths(), rig.plane._config) == 1
+
+
+def test_online_work_that_grows_stops_the_lines():
+    rig = Rig()
+    name = rig.join(num_blocks=2_048)
+    rig.send(name, make_load(kv_blocks_total=2_048, kv_blocks_free=200))
+    assert wanted(rig) == AHEAD_MIN
 
 
 def test_lines_that_end_early_make_room_for_more():
     lengths = Lengths()
-    for _ in range(200):
+    lengths.observe(0.25)
+    assert lengths.share(100) > 0.95
+    for _ in range(400):
         lengths.observe(0.25)
     assert lengths.share(1) < 0.3
     assert Lengths().share(100) == 1.0

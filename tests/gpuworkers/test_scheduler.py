@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from controlplane.latency import LatencyModel, StepFeatures
 from controlplane.protocol import ClassTargets, Policy, StepModel
@@ -15,6 +16,7 @@ from gpuworkers.sequence import Sequence, from_assign
 from tests.gpuworkers.enginekit import BATCH, assign
 
 NOW_S = 50.0
+LOWER = ClassTargets("standard", 1, 2.0, 0.1)
 QUEUES = ("decoding", "prefilling", "batch_decoding", "batch_prefilling")
 MODEL = StepModel(base_s=0.010, per_token_s=0.0005, per_context_token_s=2e-6)
 
@@ -131,6 +133,34 @@ def test_batch_fills_the_whole_target_when_nobody_has_come_for_long():
     for quiet_s, target_s in ((scheduler.QUIET_S - 0.01, 0.05), (scheduler.QUIET_S, 0.1)):
         state = SchedulerState((decode("d"),), batch_decoding=batch, quiet_s=quiet_s)
         assert planned(state, policy).batch_target_s == pytest.approx(target_s)
+
+
+def test_short_of_time_batch_fills_more_only_where_no_top_class_row_is_online():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
+    policy = Policy(kappa=0.3, tau_idle_s=0.08, loose_kappa=1.0, top_rank=0)
+    top, lower = decode("top"), decode("lower", targets=LOWER)
+
+    def target_s(decoding: tuple[Sequence, ...], prefilling: tuple[Sequence, ...] = ()) -> float:
+        state = SchedulerState(decoding, prefilling, batch)
+        return planned(state, policy).batch_target_s
+
+    assert target_s((lower,)) == pytest.approx(0.1)
+    assert target_s((lower, top)) == target_s((top,)) == pytest.approx(0.03)
+    crowd = tuple(decode(f"d{i}", targets=LOWER) for i in range(110))
+    prompt = sequence("top", 400, 0)
+    crowded = planned(SchedulerState(crowd, (prompt,), batch), policy)
+    assert prompt not in [row.sequence for row in crowded.rows]  # online all the same
+    assert crowded.batch_target_s == pytest.approx(0.03)
+
+
+def test_a_longer_step_makes_no_token_late_and_delays_an_arrival_by_a_tenth_of_its_target():
+    batch = tuple(decode(f"b{i}", targets=BATCH) for i in range(64))
+    policy = Policy(kappa=0.3, tau_idle_s=0.08, loose_kappa=2.0)
+    due_soon = decode("d", targets=LOWER, token_ago_s=0.05)
+    result = planned(SchedulerState((due_soon,), batch_decoding=batch), policy)
+    assert result.batch_target_s == pytest.approx(0.05)
+    alone = SchedulerState((), (sequence("p", 900, 0, targets=LOWER),), batch)
+    assert planned(alone, policy).batch_target_s == pytest.approx(2 * policy.tau_idle_s)
 
 
 def test_batch_gets_nothing_when_online_rows_fill_the_step():
@@ -252,7 +282,7 @@ def test_the_baseline_fills_its_tokens_online_first_and_looks_at_no_time():
 targets = st.builds(
     ClassTargets,
     st.just("c"),
-    st.just(0),
+    st.integers(0, 1),
     st.floats(0.05, 20.0),
     st.floats(0.01, 0.5),
 )
@@ -285,7 +315,13 @@ states = st.builds(
     sequences("bd", decoding=True, batch=True),
     sequences("bp", decoding=False, batch=True),
 )
-policies = st.builds(Policy, st.floats(0.1, 1.0), st.floats(0.05, 0.5), st.integers(1, 8))
+policies = st.builds(
+    Policy,
+    st.floats(0.1, 1.0),
+    st.floats(0.05, 0.5),
+    st.integers(1, 8),
+    loose_kappa=st.sampled_from((0.0, 1.0, 2.0)),
+)
 
 
 @settings(max_examples=2000, deadline=None)
@@ -296,6 +332,17 @@ def test_the_online_part_is_the_same_with_the_batch_queues_emptied(state, policy
     assert full.rows[: full.num_online] == online.rows
     assert all(not row.sequence.is_batch for row in online.rows)
     assert all(row.sequence.is_batch for row in full.rows[full.num_online :])
+
+
+@settings(max_examples=500, deadline=None)
+@given(states, policies)
+def test_urgent_batch_changes_no_step_of_a_worker_with_a_top_class_row(state, policy):
+    ranks = [item.targets.rank for item in (*state.decoding, *state.prefilling)]
+    usual = planned(state, structs.replace(policy, loose_kappa=0.0))
+    if 0 in ranks:
+        assert planned(state, policy) == usual
+    else:
+        assert planned(state, policy).batch_target_s >= usual.batch_target_s
 
 
 @settings(max_examples=200, deadline=None)
