@@ -4,7 +4,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('console', '0011_alerts'),
+        ('console', '0012_audit'),
     ]
 
     operations = [
