@@ -55,18 +55,21 @@ class Tracked:
     def tier(self) -> Tier:
         return "surplus" if self.demotion else "guaranteed"
 
-    @property
-    def is_lent(self) -> bool:
+    def is_lent(self, now_s: float) -> bool:
         """It takes only what others leave. Within the share of a contract it may use what is kept
-        free for such, however late it is predicted to be."""
-        return self.tier == "surplus" and not (self.has_share and self.worker_tier == "guaranteed")
+        free for such, however late it is predicted to be, until it is late."""
+        is_own = self.has_share and self.worker_tier(now_s) == "guaranteed"
+        return self.tier == "surplus" and not is_own
 
-    @property
-    def worker_tier(self) -> Tier:
-        """What its worker is told. One that is only predicted to be late keeps its deadline there:
-        the worker orders by time left, and often proves the prediction wrong."""
-        is_late = self.demotion is not None and self.demotion.code == "late"
-        return "guaranteed" if is_late else self.tier
+    def worker_tier(self, now_s: float) -> Tier:
+        """What a worker that gets it now is told. One that is only predicted to be late keeps its
+        deadline there until that has passed: the worker orders by time left, and often proves the
+        prediction wrong."""
+        if self.demotion is None or self.demotion.code != "late":
+            return self.tier
+        request = self.request
+        is_in_time = now_s - request.arrived_at_s < request.slo.ttft_s_p99
+        return "guaranteed" if is_in_time or self.has_first_token else "surplus"
 
     def enter_phase(self, phase: Phase, now_s: float) -> None:
         self.phase, self.phase_at_s = phase, now_s

@@ -1,6 +1,7 @@
 """Starts waiting requests: routes them, debits the workers, writes dispatches and decisions."""
 
 from collections.abc import Callable, Mapping
+from math import inf
 
 from msgspec.structs import replace
 
@@ -55,14 +56,16 @@ class Placer:
         """Start whatever can start, in the order of the waiting room.
 
         A pass costs workers times requests: with many waiting, passes that found no room for some
-        are kept apart."""
+        are kept apart. However many of the surplus tier wait, no other waits for that."""
         is_early = now_s - self._passed_at_s < self._config.retry_every_s
-        if not len(self.room) or (is_early and len(self.room) > self._config.scan_max):
+        has_surplus = not is_early or len(self.room) <= self._config.scan_max
+        num_tried = len(self.room) if has_surplus else self.room.num_guaranteed()
+        if not num_tried or (is_early and num_tried > self._config.scan_max):
             return
         has_changed = True
         while has_changed:
             has_changed = False
-            for request in self.room.next_up(self._hit_tokens):
+            for request in self.room.next_up(self._hit_tokens, has_surplus):
                 tracked = self._tracked[request.request_id]
                 if not self.recoveries.has_room(tracked, len(self._tracked)):
                     continue
@@ -74,7 +77,7 @@ class Placer:
                 elif found.placement is not None:
                     self._start(tracked, found, now_s)
                     has_changed = True
-        if len(self.room):
+        if len(self.room) and has_surplus:
             self._passed_at_s = now_s
 
     def _hit_tokens(self, request: GenerateRequest) -> int:
@@ -156,11 +159,23 @@ class Placer:
             ttft_s_left=request.slo.ttft_s_p99 - (now_s - request.arrived_at_s),
             hits=self.prefixes.matched(request.block_hashes),
             avoid=avoid,
-            is_surplus=tracked.is_lent,
+            is_surplus=tracked.is_lent(now_s),
+            hold_s=self._hold_s(tracked, now_s),
             is_struck=tracked.num_strikes > 0,
             margin=self.calibration.margin,
             lengths=self._backfill.lengths(request.model_id),
         )
+
+    def _hold_s(self, tracked: Tracked, now_s: float) -> float:
+        """Seconds of prompts before it at which it waits here. One without a deadline is bound to
+        a worker late, when about one step of prompts is there: whoever comes meanwhile goes first.
+        Batch never waits for prompts."""
+        slo = tracked.request.slo
+        if slo.is_batch:
+            return inf
+        if tracked.worker_tier(now_s) == "guaranteed":
+            return max(self._config.hold_s_min, slo.ttft_s_p99)
+        return slo.itl_s_p99
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         config = self._config
@@ -260,15 +275,14 @@ class Placer:
 
     def _dispatch(self, tracked: Tracked, placement: domain.Placement, uncached: int) -> None:
         request_id, epoch = tracked.request_id, tracked.epoch
+        tier = tracked.worker_tier(tracked.placed_at_s)
         decode = self._registry.workers[placement.decode_worker]
         hashes = tracked.request.block_hashes
         self.prefixes.insert(placement.prefill_worker, hashes)
         if placement.split == "local":
             self.reserve(decode, tracked, "full", uncached)
             self._commands.append(
-                domain.Dispatch(
-                    decode.worker_id, request_id, epoch, "full", tier=tracked.worker_tier
-                )
+                domain.Dispatch(decode.worker_id, request_id, epoch, "full", tier=tier)
             )
             return
         prefill = self._registry.workers[placement.prefill_worker]
@@ -286,7 +300,7 @@ class Placer:
                 epoch,
                 "prefill",
                 handoff_out=protocol.HandoffOut(shown),
-                tier=tracked.worker_tier,
+                tier=tier,
             ),
             domain.Dispatch(
                 decode.worker_id,
@@ -294,7 +308,7 @@ class Placer:
                 epoch,
                 "decode",
                 handoff_in=protocol.HandoffIn(address, shown, timeout_s),
-                tier=tracked.worker_tier,
+                tier=tier,
             ),
         ]
 
@@ -318,7 +332,7 @@ class Placer:
                 context_tokens=request.prompt_tokens,
                 is_accepted=is_reported,
                 is_reported=is_reported,
-                is_surplus=tracked.tier == "surplus",
+                is_surplus=tracked.worker_tier(tracked.placed_at_s) == "surplus",
                 is_prefilling=not is_reported,
                 is_struck=tracked.num_strikes > 0 and not is_reported,
             )

@@ -359,7 +359,7 @@ class ClassTargets(msgspec.Struct, frozen=True):
 
     name: str
     rank: int  # 0 is served first
-    ttft_s_left: float
+    ttft_s_left: float  # 0 in the surplus tier, below 0 when the deadline has passed
     itl_s: float
     is_batch: bool = False
     gap_s_max: float = 0.0  # above itl_s: paced, itl_s holds for the mean and this for each gap
@@ -368,6 +368,11 @@ class ClassTargets(msgspec.Struct, frozen=True):
     def step_s(self) -> float:
         """How long one step beside its decode rows may last."""
         return max(self.itl_s, self.gap_s_max)
+
+    @property
+    def is_surplus(self) -> bool:
+        """It was never promised to be in time."""
+        return self.ttft_s_left == 0.0
 
 
 class HandoffOut(msgspec.Struct, frozen=True):

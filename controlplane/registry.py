@@ -115,7 +115,7 @@ class Worker:
     # Steps lately, each over what it would have taken when the worker joined.
     step_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=STEP_RATIOS_KEPT))
     is_on_trial: bool = False  # after an ejection: one online request at a time shows how it is
-    surplus_tokens: int = 0  # uncached prompt tokens of surplus requests without an output id
+    guaranteed_tokens: int = 0  # uncached prompt tokens of online requests without an output id
     max_model_len: dict[str, int] = field(default_factory=dict)  # tokens, by model it serves
     first_model: protocol.StepModel | None = None  # with which it joined; reconnects bring others
     swap: Swap | None = None  # while its status is loading
@@ -147,7 +147,7 @@ class Worker:
             row_s,
             self.blocks_free(False),
             self.blocks_free(True),
-            max(0, ahead - self.surplus_tokens),
+            min(ahead, self.guaranteed_tokens),
             ahead,
         )
 
@@ -186,8 +186,8 @@ class Worker:
             self.batch_blocks += sign * reservation.blocks
         else:
             self.num_online += sign
-            if reservation.is_surplus and reservation.is_prefilling:
-                self.surplus_tokens += sign * reservation.prefill_tokens
+            if reservation.is_prefilling and not reservation.is_surplus:
+                self.guaranteed_tokens += sign * reservation.prefill_tokens
             if reservation.stage != "prefill":
                 self.num_online_decoding += sign
                 self.online_context_tokens += sign * reservation.context_tokens
@@ -202,8 +202,8 @@ class Worker:
         self._pace = None
         reservation = self.reservations.get(request_id)
         if reservation is not None and reservation.is_prefilling:
-            if reservation.is_surplus and not reservation.is_batch:
-                self.surplus_tokens -= reservation.prefill_tokens
+            if not reservation.is_surplus and not reservation.is_batch:
+                self.guaranteed_tokens -= reservation.prefill_tokens
             reservation.is_prefilling = False
             self.num_unproven -= 1
         if reservation is not None and reservation.is_struck:
@@ -378,9 +378,9 @@ class Worker:
         assert self.num_online_decoding == len(decoding), (self.worker_id, len(decoding))
         context = sum(item.context_tokens for item in decoding)
         assert self.online_context_tokens == context, (self.worker_id, context)
-        surplus = [item for item in online if item.is_surplus and item.is_prefilling]
-        tokens = sum(item.prefill_tokens for item in surplus)
-        assert self.surplus_tokens == tokens, (self.worker_id, self.surplus_tokens, tokens)
+        first = [item for item in online if item.is_prefilling and not item.is_surplus]
+        tokens = sum(item.prefill_tokens for item in first)
+        assert self.guaranteed_tokens == tokens, (self.worker_id, self.guaranteed_tokens, tokens)
         assert self.num_unproven == sum(item.is_prefilling for item in held), self.worker_id
         assert self.num_struck == sum(item.is_struck for item in held), self.worker_id
         assert self._pace is None or self._pace == self._make_pace(), self.worker_id

@@ -46,8 +46,8 @@ def not_started(
 def _at(
     worker: Worker, tracked: Mapping[str, Tracked], config: ControlPlaneConfig, is_silent: bool
 ) -> list[Waiting]:
-    """Prompts are computed about in the order they were given; what the worker has reported less
-    is what it has done of the first ones."""
+    """Prompts are computed about in the order they were given, those of the surplus tier after all
+    others; what the worker has reported less is what it has done of the first ones."""
     pace = worker.pace
     left = pace.ahead_tokens_all
     prompts = [
@@ -55,6 +55,7 @@ def _at(
         for held in worker.reservations.values()
         if held.is_prefilling and held.stage != "decode" and not held.is_batch
     ]
+    prompts.sort(key=lambda held: held.is_surplus)
     done = max(0, sum(held.prefill_tokens for held in prompts) - left)
     found, ahead = [], -done
     for held in prompts:

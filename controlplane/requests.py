@@ -155,9 +155,10 @@ class Requests:
             self._num_by_tenant[request.tenant_id] = count + 1
         if account is not None:
             self.ledger.reserve(account, request, tracked.tier, now_s)
-        is_alone = not len(self._room) and not (request.slo.is_batch and self._room.is_batch_held)
+        is_held = request.slo.is_batch and self._room.is_batch_held
+        is_next = not is_held and not self._room.has_before(request.slo, tracked.tier)
         self._room.enter(request, tracked.tier, now_s)
-        if is_alone and found is not None and found.placement is not None and not tracked.demotion:
+        if is_next and found is not None and found.placement is not None and not tracked.demotion:
             self._placer.start_now(tracked, found, now_s)
             return
         self._placer.start_waiting(now_s)

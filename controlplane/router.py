@@ -272,11 +272,10 @@ def _settle(
     others = [option for option in options if option.candidate.worker_id not in names]
     others.sort(key=lambda option: option.order)
     rows = (*chosen, *(option.candidate for option in others))[: config.candidates_max]
-    hold_s = max(config.hold_s_min, ask.request.slo.ttft_s_p99)
-    if first.queue_s > hold_s and not ask.request.slo.is_batch:
+    if first.queue_s > ask.hold_s:
         reason = (
             f"{first.worker_id} has {first.queue_s * 1000.0:.0f} ms of prompts before it, more than"
-            f" the {hold_s * 1000.0:.0f} ms that may wait at a worker"
+            f" the {ask.hold_s * 1000.0:.0f} ms that may wait at a worker"
         )
         return Route(None, reason, why, rows, uncached, threshold, first.queue_s, num_first, "hold")
     placement = Placement(

@@ -4,7 +4,7 @@ Only online work counts as load: batch rows and the KV they hold give way (desig
 """
 
 from collections.abc import Callable, Mapping
-from math import ceil
+from math import ceil, inf
 
 import msgspec
 
@@ -32,6 +32,7 @@ class Ask(msgspec.Struct, frozen=True):
     avoid: frozenset[str]  # workers that have just refused it
     is_surplus: bool = False
     is_struck: bool = False
+    hold_s: float = inf  # of prompts before it on a worker; with more it waits in our queue
     margin: Callable[[Bucket], float] = lambda bucket: 1.0  # of a TTFT's p99 over its mean
     lengths: Lengths = ALL_USED  # of the model's batch lines
 

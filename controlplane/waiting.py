@@ -56,6 +56,18 @@ class WaitingRoom:
         queue = self._queues.get(_line(request.slo, "surplus"))
         return None if queue is None else queue.newest_of_longest(request.tenant_id)
 
+    def has_before(self, slo: SLOClass, tier: Tier) -> bool:
+        """Does anyone wait who would be tried before a new one?"""
+        own = _line(slo, tier)
+        return bool(self._moving) or any(
+            len(queue) > 0 for line, queue in self._queues.items() if line <= own
+        )
+
+    def num_guaranteed(self) -> int:
+        """Those that wait before the surplus tier."""
+        surplus = sum(len(queue) for line, queue in self._queues.items() if line[0])
+        return len(self) - surplus
+
     def enter(self, request: GenerateRequest, tier: Tier, now_s: float) -> None:
         self._push(request, _line(request.slo, tier))
         self._since_s[request.request_id] = now_s
@@ -87,9 +99,9 @@ class WaitingRoom:
         self._start_by_s[request.request_id] = start_by_s
         self._since_s[request.request_id] = now_s
 
-    def next_up(self, hits: Hits) -> list[GenerateRequest]:
+    def next_up(self, hits: Hits, has_surplus: bool = True) -> list[GenerateRequest]:
         """Requests to try now, in order; at most scan_max of each queue. `hits`: prompt tokens that
-        a worker has cached."""
+        a worker has cached. Without the surplus tier when it had its turn a moment ago."""
         limit = self.config.scan_max
         moving = sorted(
             self._moving.values(),
@@ -103,7 +115,7 @@ class WaitingRoom:
         heads = [head for head in moving if not head.slo.is_batch][:limit]
         batch = [head for head in moving if head.slo.is_batch][:limit]
         for line in sorted(self._queues):
-            if self.is_surplus_held and line[0]:
+            if line[0] and (self.is_surplus_held or not has_surplus):
                 continue
             if self.is_batch_held and self._queues[line].is_batch:
                 continue

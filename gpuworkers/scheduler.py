@@ -22,7 +22,7 @@ FULL_SHARE = 0.8  # decodes that fill this much of the online target let loose r
 SKIP_TARGETS = 2.0  # a row may skip when its token is due no sooner than this many targets
 RISK_SHARE = 0.2  # of the TTFT target: laxity from which a prompt goes first
 QUIET_S = 10.0  # without an arrival: nobody is expected to wait for the step in hand
-AT_RISK, IN_TIME, LOST, SURPLUS = 0, 1, 2, 3  # order of prompts
+AT_RISK, IN_TIME, LOST = 0, 1, 2  # order of prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,21 +187,21 @@ def _add_online_chunks(
 ) -> None:
     """Those at risk by least laxity, then the shortest first: while nobody's deadline is near, a
     long prompt that lets short ones pass costs least. Those that cannot be in time any more stand
-    behind all others."""
+    behind those that can. Prompts of the surplus tier have steps of their own, when no other is
+    there: their chunks would make the steps of others longer, and long prompts late."""
 
     def order(sequence: Sequence) -> tuple[int, float, str]:
         rest = StepFeatures().with_tokens(sequence.computed_tokens, sequence.pending_tokens)
         rest_s = model.predict_s(rest)
         laxity_s = sequence.first_token_due_at_s - now_s - rest_s
-        if sequence.targets.ttft_s_left <= 0.0:  # it came without a deadline to keep
-            return (SURPLUS, laxity_s, sequence.request_id)
         if laxity_s < 0:
             return (LOST, laxity_s, sequence.request_id)
         if laxity_s < RISK_SHARE * sequence.targets.ttft_s_left:
             return (AT_RISK, laxity_s, sequence.request_id)
         return (IN_TIME, rest_s, sequence.request_id)
 
-    for sequence in sorted(prefilling, key=order):
+    guaranteed = [sequence for sequence in prefilling if not sequence.targets.is_surplus]
+    for sequence in sorted(guaranteed or prefilling, key=order):
         count = chunk_tokens(target_s, draft.features, sequence, model, policy)
         if count == 0:
             if draft.rows:

@@ -88,12 +88,21 @@ def test_the_prompt_with_least_time_left_goes_first_and_a_lost_one_last():
     assert "lost" not in [row.sequence.request_id for row in result.rows]
 
 
-def test_surplus_prompts_come_after_those_that_had_a_deadline_and_lost_it():
+def test_a_step_with_another_prompt_has_none_of_the_surplus_tier():
     lost = sequence("lost", 100, 0, arrived_ago_s=5.0)
     given_up = ClassTargets("interactive", 0, 0.0, 0.1)
     surplus = sequence("surplus", 16, 0, targets=given_up, arrived_ago_s=9.0)
     rows = planned(SchedulerState(prefilling=(surplus, lost))).rows
-    assert [row.sequence.request_id for row in rows] == ["lost", "surplus"]
+    assert [row.sequence.request_id for row in rows] == ["lost"]
+    rows = planned(SchedulerState(prefilling=(surplus,))).rows
+    assert [row.sequence.request_id for row in rows] == ["surplus"]
+
+
+def test_a_prompt_that_moved_after_its_deadline_is_not_of_the_surplus_tier():
+    moved = sequence("moved", 100, 0, targets=ClassTargets("interactive", 0, -2.0, 0.1))
+    surplus = sequence("surplus", 16, 0, targets=ClassTargets("interactive", 0, 0.0, 0.1))
+    rows = planned(SchedulerState(prefilling=(surplus, moved))).rows
+    assert [row.sequence.request_id for row in rows] == ["moved"]
 
 
 def test_a_late_decode_is_paced_and_does_not_block_prefill():
