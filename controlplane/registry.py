@@ -115,7 +115,9 @@ class Worker:
     # Steps lately, each over what it would have taken when the worker joined.
     step_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=STEP_RATIOS_KEPT))
     is_on_trial: bool = False  # after an ejection: one online request at a time shows how it is
-    guaranteed_tokens: int = 0  # uncached prompt tokens of online requests without an output id
+    # Uncached prompt tokens of online requests without an output id, as they were given, by tier.
+    guaranteed_tokens: int = 0
+    surplus_tokens: int = 0
     max_model_len: dict[str, int] = field(default_factory=dict)  # tokens, by model it serves
     first_model: protocol.StepModel | None = None  # with which it joined; reconnects bring others
     swap: Swap | None = None  # while its status is loading
@@ -147,7 +149,7 @@ class Worker:
             row_s,
             self.blocks_free(False),
             self.blocks_free(True),
-            min(ahead, self.guaranteed_tokens),
+            self._guaranteed_ahead(ahead),
             ahead,
         )
 
@@ -186,11 +188,17 @@ class Worker:
             self.batch_blocks += sign * reservation.blocks
         else:
             self.num_online += sign
-            if reservation.is_prefilling and not reservation.is_surplus:
-                self.guaranteed_tokens += sign * reservation.prefill_tokens
+            if reservation.is_prefilling:
+                self._count_prompt(reservation, sign)
             if reservation.stage != "prefill":
                 self.num_online_decoding += sign
                 self.online_context_tokens += sign * reservation.context_tokens
+
+    def _count_prompt(self, reservation: Reservation, sign: int) -> None:
+        if reservation.is_surplus:
+            self.surplus_tokens += sign * reservation.prefill_tokens
+        else:
+            self.guaranteed_tokens += sign * reservation.prefill_tokens
 
     def accepted(self, request_id: str) -> None:
         """The worker has queued it: its next report includes it."""
@@ -202,8 +210,8 @@ class Worker:
         self._pace = None
         reservation = self.reservations.get(request_id)
         if reservation is not None and reservation.is_prefilling:
-            if not reservation.is_surplus and not reservation.is_batch:
-                self.guaranteed_tokens -= reservation.prefill_tokens
+            if not reservation.is_batch:
+                self._count_prompt(reservation, -1)
             reservation.is_prefilling = False
             self.num_unproven -= 1
         if reservation is not None and reservation.is_struck:
@@ -315,6 +323,12 @@ class Worker:
         waiting = self.load.prefill_tokens_waiting if self.load else 0
         return self.prefill_tokens_given + waiting
 
+    def _guaranteed_ahead(self, ahead: int) -> int:
+        """Those of the tokens ahead that are computed before surplus ones, which may be halfway: as
+        many as were given, and all that nobody gave."""
+        unknown = max(0, ahead - self.guaranteed_tokens - self.surplus_tokens)
+        return min(ahead, self.guaranteed_tokens + unknown)
+
     def blocks_free(self, is_batch: bool) -> int:
         """KV blocks that a new sequence may get; batch rows give way to online ones."""
         free = self.hello.num_blocks
@@ -378,9 +392,10 @@ class Worker:
         assert self.num_online_decoding == len(decoding), (self.worker_id, len(decoding))
         context = sum(item.context_tokens for item in decoding)
         assert self.online_context_tokens == context, (self.worker_id, context)
-        first = [item for item in online if item.is_prefilling and not item.is_surplus]
-        tokens = sum(item.prefill_tokens for item in first)
-        assert self.guaranteed_tokens == tokens, (self.worker_id, self.guaranteed_tokens, tokens)
+        for is_surplus, counted in ((False, self.guaranteed_tokens), (True, self.surplus_tokens)):
+            prompts = [x for x in online if x.is_prefilling and x.is_surplus == is_surplus]
+            tokens = sum(item.prefill_tokens for item in prompts)
+            assert counted == tokens, (self.worker_id, is_surplus, counted, tokens)
         assert self.num_unproven == sum(item.is_prefilling for item in held), self.worker_id
         assert self.num_struck == sum(item.is_struck for item in held), self.worker_id
         assert self._pace is None or self._pace == self._make_pace(), self.worker_id

@@ -89,7 +89,8 @@ def test_surplus_prompts_do_not_make_later_requests_late():
     rig.submit("r0")
     rig.finish("r0")
     for index in range(5):
-        rig.submit(f"s{index}", slo=STRICT, prompt_tokens=100)
+        slow = replace(STRICT, itl_s_p99=5.0)  # a step has room for all of these prompts
+        rig.submit(f"s{index}", slo=slow, prompt_tokens=100)
     tiers = [item.tier for item in of(domain.Dispatch, rig.commands)]
     assert tiers.count("surplus") == 5
     (decided,) = of(domain.Decided, rig.submit("r1", tenant_id="beta", slo=STRICT))

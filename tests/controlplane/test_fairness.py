@@ -1,15 +1,20 @@
 """A flood beside a tenant that keeps to its share: pace, places in the queue, and the bench."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from controlplane import domain
+from controlplane.config import ControlPlaneConfig
+from controlplane.failover import Tracked
 from controlplane.ledger import BURST_S, Pace
+from controlplane.registry import Pace as WorkerPace
+from controlplane.replacing import not_started
 from controlplane.sim.__main__ import main
 from tests.controlplane.rig import Rig, of, placement, rejection
 from tests.controlplane.test_contracts import make_contract
-from tests.factories import make_load
+from tests.factories import INTERACTIVE, make_load, make_request
 
 
 def test_pace_allows_a_burst_then_its_rate_and_forgives_a_large_amount_in_time():
@@ -97,11 +102,67 @@ def test_tenants_with_as_many_displace_nobody():
 def test_surplus_leaves_rows_to_those_with_a_share():
     rig = Rig(sequences_max=8, surplus_reserve=0.25)
     rig.join("mixed")
+    slow = replace(INTERACTIVE, itl_s_p99=5.0)  # a step has room for all of these prompts
     for index in range(6):
-        placement(rig.submit(f"s{index}", weight=0.0))
-    rig.submit("s6", weight=0.0)
+        placement(rig.submit(f"s{index}", weight=0.0, slo=slow))
+    rig.submit("s6", weight=0.0, slo=slow)
     assert rig.request("s6").phase == "queued"
     placement(rig.submit("paid"))
+
+
+def test_surplus_prompts_wait_here_while_a_worker_has_a_step_of_prompts():
+    rig = Rig()
+    rig.join("mixed")
+    placement(rig.submit("s0", weight=0.0))
+    rig.submit("s1", weight=0.0)
+    rig.submit("s2", weight=0.0)
+    assert rig.request("s2").phase == "queued"
+    placement(rig.submit("paid"))
+    started = rig.finish("s0") + rig.finish("s1") + rig.finish("paid")
+    assert [item.request_id for item in of(domain.Dispatch, started)] == ["s2"]
+
+
+def test_a_long_surplus_queue_keeps_no_other_request_waiting():
+    rig = Rig()
+    rig.join("mixed")
+    for index in range(40):  # more than one pass looks at, and a pass was just made
+        rig.submit(f"s{index}", weight=0.0)
+    placement(rig.submit("paid"))
+
+
+def pace(rig: Rig) -> WorkerPace:
+    return rig.plane._registry.workers["w1"].pace
+
+
+def test_surplus_prompts_are_not_ahead_of_others_however_far_they_are():
+    rig = Rig()
+    rig.join("mixed")
+    rig.accept(of(domain.Dispatch, rig.submit("s0", weight=0.0, prompt_tokens=900))[0])
+    rig.send("w1", make_load(running_online=1, prefill_tokens_waiting=400))
+    assert pace(rig).ahead_tokens == 0
+    rig.submit("paid", prompt_tokens=50)
+    assert pace(rig).ahead_tokens == 50
+    assert pace(rig).ahead_tokens_all == 450
+
+
+def test_a_prompt_is_not_expected_to_wait_for_the_surplus_ones_given_before_it():
+    rig = Rig()
+    rig.join("mixed")
+    rig.submit("s0", weight=0.0, prompt_tokens=900)
+    rig.submit("paid", prompt_tokens=50)
+    requests, workers = rig.plane._requests.tracked, rig.plane._registry.workers.values()
+    waits = not_started(workers, requests, ControlPlaneConfig(), rig.now_s)
+    assert [item.tracked.request_id for item in waits] == ["s0"]
+
+
+def test_one_that_was_predicted_late_is_told_to_be_surplus_when_its_deadline_has_passed():
+    late = Tracked(make_request(arrived_at_s=10.0), "queued", 10.0)
+    late.demotion = domain.Demotion("late", "")
+    limit_s = late.request.slo.ttft_s_p99
+    assert late.worker_tier(10.0) == "guaranteed"
+    assert late.worker_tier(10.0 + limit_s) == "surplus"
+    late.has_first_token = True  # a stream that goes on elsewhere
+    assert late.worker_tier(10.0 + limit_s) == "guaranteed"
 
 
 def test_bench_shows_a_victim_that_a_flood_does_not_starve(capsys):

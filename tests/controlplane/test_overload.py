@@ -1,5 +1,7 @@
 """The overload ladder: rungs, what they hold back, and what each refusal says."""
 
+from dataclasses import replace
+
 import pytest
 
 from controlplane import domain, overload
@@ -54,10 +56,11 @@ def test_first_no_batch_line_starts_and_then_no_surplus_request():
     rig.join("mixed")
     host(rig, 0.75)
     rig.submit("b1", slo=BATCH)
-    placement(rig.submit("free1", weight=0.0))
+    slow = replace(INTERACTIVE, itl_s_p99=5.0)  # a step has room for all of these prompts
+    placement(rig.submit("free1", weight=0.0, slo=slow))
     assert rig.request("b1").phase == "queued"
     host(rig, 0.85)
-    rig.submit("free2", weight=0.0)
+    rig.submit("free2", weight=0.0, slo=slow)
     assert rig.request("free2").phase == "queued"
     placement(rig.submit("paid"))
     rig.handle(domain.HostLoad({"loop": 0.0}))
