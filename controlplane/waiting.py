@@ -59,9 +59,9 @@ class WaitingRoom:
     def has_before(self, slo: SLOClass, tier: Tier) -> bool:
         """Does anyone wait who would be tried before a new one?"""
         own = _line(slo, tier)
-        return bool(self._moving) or any(
-            len(queue) > 0 for line, queue in self._queues.items() if line <= own
-        )
+        if self._moving or slo.is_batch:
+            return len(self) > 0
+        return any(len(queue) > 0 for line, queue in self._queues.items() if line <= own)
 
     def num_guaranteed(self) -> int:
         """Those that wait before the surplus tier."""
