@@ -232,9 +232,13 @@ class Watch:
                     return
                 assert not life.is_failover or cause == "failover", f"I18: {name} moved by {cause}"
                 life.is_failover = False
-                is_surplus = demotion is not None and demotion.code != "late"
-                tier = "surplus" if is_surplus else "guaranteed"
-                assert life.tier == tier, f"I5: {name} runs as {life.tier}, demoted: {demotion}"
+                request = life.request
+                is_past = now_s - request.arrived_at_s >= request.slo.ttft_s_p99
+                if demotion is None or (demotion.code == "late" and not is_past):
+                    tiers = ["guaranteed"]
+                else:  # a late one that was streaming when it moved goes on as it was
+                    tiers = ["surplus", "guaranteed"] if demotion.code == "late" else ["surplus"]
+                assert life.tier in tiers, f"I5: {name} runs as {life.tier}, demoted: {demotion}"
 
     def _refused(self, name: str, life: _Life, outcome: domain.Rejected, now_s: float) -> None:
         """A refusal names a limit that has been reached."""

@@ -14,7 +14,7 @@ from controlplane.replacing import not_started
 from controlplane.sim.__main__ import main
 from tests.controlplane.rig import Rig, of, placement, rejection
 from tests.controlplane.test_contracts import make_contract
-from tests.factories import BATCH, INTERACTIVE, make_load, make_request
+from tests.factories import INTERACTIVE, make_load, make_request
 
 
 def test_pace_allows_a_burst_then_its_rate_and_forgives_a_large_amount_in_time():
@@ -127,8 +127,6 @@ def test_a_long_surplus_queue_keeps_no_other_request_waiting():
     rig.join("mixed")
     for index in range(40):  # more than one pass looks at, and a pass was just made
         rig.submit(f"s{index}", weight=0.0)
-    rig.submit("line", slo=BATCH)
-    assert rig.request("line").phase == "queued", "batch comes last"
     placement(rig.submit("paid"))
 
 
