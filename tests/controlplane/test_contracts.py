@@ -158,7 +158,11 @@ def test_request_over_its_rate_runs_in_the_surplus_tier():
     (decided,) = of(domain.Decided, rig.submit("r3"))
     assert decided.outcome.demotion.code == "contract_rate"
     assert decided.record.tier == "surplus" and "2 of 2 requests" in decided.record.reason
-    assert of(domain.Dispatch, rig.commands)[-1].tier == "surplus"
+    rig.finish("r1")  # it waits while its worker has prompts that are guaranteed
+    rig.finish("r2")
+    rig.tick(0.1, heard=("w1",))
+    dispatched = of(domain.Dispatch, rig.commands)[-1]
+    assert (dispatched.request_id, dispatched.tier) == ("r3", "surplus")
 
 
 def test_contract_without_surplus_refuses_with_the_exact_time_to_come_back():

@@ -3,8 +3,6 @@
 import json
 from dataclasses import replace
 
-import pytest
-
 from controlplane import domain
 from controlplane.config import ControlPlaneConfig
 from controlplane.failover import Tracked
@@ -173,4 +171,4 @@ def test_bench_shows_a_victim_that_a_flood_does_not_starve(capsys):
     assert figures["fair_victim_attainment_drop"] <= 0.1
     assert arms["unfair flood"]["victim_attainment"] < 0.5
     assert arms["flood"]["neighbour_surplus_share"] > 0.1
-    assert figures["fair_throughput_vs_unfair"] == pytest.approx(1.0, abs=0.1)
+    assert figures["fair_throughput_vs_unfair"] >= 0.9
