@@ -5,21 +5,6 @@ import django.db.models.deletion
 from django.db import migrations, models
 
 
-RULES = (  # kind, threshold, for_s; burn rate: The Site Reliability Workbook, 2018, chapter 5
-    ("burn_rate", 14.4, 60.0),
-    ("worker_lost", 5.0, 0.0),
-    ("queue_wait", 0.5, 10.0),
-    ("budget", 0.9, 0.0),
-    ("batch_slack", 1.0, 60.0),
-)
-
-
-def make_rules(apps, schema_editor):
-    rules = apps.get_model("console", "AlertRule").objects
-    for kind, threshold, for_s in RULES:
-        rules.get_or_create(kind=kind, defaults={"threshold": threshold, "for_s": for_s})
-
-
 class Migration(migrations.Migration):
 
     dependencies = [
@@ -59,5 +44,4 @@ class Migration(migrations.Migration):
                 'constraints': [models.UniqueConstraint(condition=models.Q(('resolved_at', None)), fields=('rule', 'subject'), name='one_open_alert_per_subject')],
             },
         ),
-        migrations.RunPython(make_rules, migrations.RunPython.noop),
     ]

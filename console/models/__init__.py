@@ -1,6 +1,6 @@
 """Rows of the console, and the rules of one row."""
 
-from console.models.alerts import Alert, AlertRule
+from console.models.alerts import Alert, AlertRule, ensure_default_rules
 from console.models.audit import AuditEvent
 from console.models.contracts import ContractRow
 from console.models.costs import CostMinute, GpuMinute
@@ -40,4 +40,5 @@ __all__ = [
     "Tenant",
     "Worker",
     "ensure_default_classes",
+    "ensure_default_rules",
 ]

@@ -11,6 +11,14 @@ KINDS = (
     ("budget", "month's budget used, share"),
     ("batch_slack", "batch: need over capacity before its deadline"),
 )
+# Kind, threshold, for_s. Burn rate: The Site Reliability Workbook, 2018, chapter 5.
+DEFAULTS = (
+    ("burn_rate", 14.4, 60.0),
+    ("worker_lost", 5.0, 0.0),
+    ("queue_wait", 0.5, 10.0),
+    ("budget", 0.9, 0.0),
+    ("batch_slack", 1.0, 60.0),
+)
 VALUE_MAX = 1_000_000.0
 FOR_S_MAX = 86_400.0
 
@@ -57,3 +65,11 @@ class Alert(models.Model):
 
     def __str__(self) -> str:
         return f"{self.rule} {self.subject}"
+
+
+def ensure_default_rules() -> None:
+    """The rules that ship, where one of them is missing; what an operator changed stays."""
+    for kind, threshold, for_s in DEFAULTS:
+        AlertRule.objects.get_or_create(
+            kind=kind, defaults={"threshold": threshold, "for_s": for_s}
+        )

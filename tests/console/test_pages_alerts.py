@@ -7,7 +7,7 @@ from django.utils import timezone
 
 from console import alerting
 from console.alerting import Reading, Watch
-from console.models import Alert, AlertRule
+from console.models import Alert, AlertRule, ensure_default_rules
 from console.snapshot import SnapshotKeeper
 from controlplane import domain
 from tests.console.pagecast import client_of, make_batch
@@ -17,6 +17,12 @@ from tests.console.test_plans import DirectWriter
 from tests.console.test_queueview import make_account, queued
 
 pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture(autouse=True)
+def rules(db):
+    """As `serve` makes them at its start."""
+    ensure_default_rules()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from console.live import LiveStats
 from console.localfleet import LocalFleet, read_limits
 from console.metrics import Metrics
 from console.models import Model
+from console.models.alerts import ensure_default_rules
 from console.models.fleet import ensure_default_classes
 from console.serving import Serving, say
 from console.sidework import SideWork
@@ -226,6 +227,7 @@ def prepare(options: dict[str, Any], specs: Sequence[WorkerSpec]) -> None:
     # WhiteNoise lists its files when the application is made, which may be before they are there.
     asgi.django_application.load_middleware(is_async=True)
     ensure_default_classes()
+    ensure_default_rules()
     for spec in specs:
         remember_model(spec.model_id, spec.model_dir)
         for part in spec.loadable:
