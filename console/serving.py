@@ -177,8 +177,9 @@ class Serving:
         state = self.state
         state.draining = True
         state.fleet.handle(domain.ServerDraining())
-        supervisor, batches, _, orders = self._tasks
-        orders.cancel()
+        supervisor, batches, _, *desks = self._tasks
+        for desk in desks:
+            desk.cancel()
         batches.cancel()
         await asgi.close_page_sockets(state)
         await asyncio.wait({batches}, timeout=FLUSH_S_MAX)  # its lines are pending again
