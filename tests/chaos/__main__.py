@@ -230,7 +230,14 @@ def main(argv: list[str]) -> int:
     watchdog = threading.Timer(TOTAL_S, end_too_long, (running,))
     watchdog.daemon = True
     watchdog.start()
-    ends_at_s = time.monotonic() + TOTAL_S - 15.0  # servers have to end, too
+    try:
+        return run(options, running, time.monotonic() + TOTAL_S - 15.0)  # servers have to end, too
+    finally:
+        watchdog.cancel()  # whoever called `main` goes on
+
+
+def run(options: argparse.Namespace, running: list[Server], ends_at_s: float) -> int:
+    """Both parts and what came of them; the exit code."""
     results = []
     print(f"chaos: seed={options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="slackwater-chaos-") as folder:
