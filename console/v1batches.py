@@ -4,6 +4,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from channels.db import database_sync_to_async
+from django.db.models import BigIntegerField, Sum
+from django.db.models.fields.json import KT
+from django.db.models.functions import Cast
 from django.utils import timezone
 
 from console import batchclaims, batchfiles, tasks, v1files
@@ -77,13 +80,10 @@ def _shown(batch: Batch) -> dict[str, Any]:
 
 
 def _usage(batch: Batch) -> dict[str, Any]:
-    """Tokens of the lines that have ended, from the answers that are stored."""
-    prompt_tokens = output_tokens = cached_tokens = 0
-    done = batch.lines.filter(status="completed").values_list("response__body__usage", flat=True)
-    for usage in done.iterator(chunk_size=500):
-        prompt_tokens += usage["prompt_tokens"]
-        output_tokens += usage["completion_tokens"]
-        cached_tokens += usage["prompt_tokens_details"]["cached_tokens"]
+    """Tokens of the lines that have ended, added up by the database: answers can be long."""
+    done = batch.lines.filter(status="completed")
+    sums = done.aggregate(**{name: _sum_of(name) for name in _USAGE})
+    prompt_tokens, output_tokens, cached_tokens = (sums[name] or 0 for name in _USAGE)
     return {
         "input_tokens": prompt_tokens,
         "input_tokens_details": {"cached_tokens": cached_tokens},
@@ -91,6 +91,14 @@ def _usage(batch: Batch) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt_tokens + output_tokens,
     }
+
+
+_USAGE = ("prompt_tokens", "completion_tokens", "prompt_tokens_details__cached_tokens")
+
+
+def _sum_of(name: str) -> Sum:
+    """Of one count of the stored answers."""
+    return Sum(Cast(KT(f"response__body__usage__{name}"), BigIntegerField()))
 
 
 async def create(exchange: Exchange, writer: FactWriter, tenant_id: str) -> ApiError | None:
@@ -195,14 +203,11 @@ async def act(
     exchange: Exchange, writer: FactWriter, tenant_id: str, batch_id: str, action: str
 ) -> ApiError | None:
     """POST …/cancel, and ours: …/pause, …/resume, …/retry."""
-    answer = await writer.call(_act, tenant_id, batch_id, action)
-    if isinstance(answer, ApiError):
-        return answer
-    await exchange.answer(200, answer)
-    return None
+    error = await writer.call(_act, tenant_id, batch_id, action)
+    return error or await retrieve(exchange, tenant_id, batch_id)
 
 
-def _act(tenant_id: str, batch_id: str, action: str) -> dict[str, Any] | ApiError:
+def _act(tenant_id: str, batch_id: str, action: str) -> ApiError | None:
     rows = _of_tenant(tenant_id).filter(batch_id=batch_id)
     if not rows.exists():
         return not_found(batch_id)
@@ -217,7 +222,7 @@ def _act(tenant_id: str, batch_id: str, action: str) -> dict[str, Any] | ApiErro
     if not done and not (action == "cancel" and batch.status == "cancelling"):
         message = f"A batch that is {batch.status} cannot be {_DONE[action]}."
         return invalid(message, None, "invalid_batch_state")
-    return _shown(batch)
+    return None
 
 
 _DONE = {"cancel": "cancelled", "pause": "paused", "resume": "resumed", "retry": "retried"}
