@@ -64,44 +64,26 @@ async def generate(
     gateway: Gateway, specs: list[GenerateSpec], lives: list[LiveRequest]
 ) -> AsyncGenerator[tuple[int, Delta | Refusal], None]:
     """Deltas of all choices as they come, with the index of their choice. Close it to cancel."""
-    if len(specs) == 1:
-        async with aclosing(gateway.generate(specs[0], lives[0])) as items:
-            async for item in items:
-                yield 0, item
-        return
-    queue: asyncio.Queue[tuple[int, Delta | Refusal]] = asyncio.Queue(WAITING_MAX)
+    queue: asyncio.Queue[tuple[int, Delta | Refusal | Exception]] = asyncio.Queue(WAITING_MAX)
 
     async def run(index: int) -> None:
-        async with aclosing(gateway.generate(specs[index], lives[index])) as items:
-            async for item in items:
-                await queue.put((index, item))
+        try:
+            async with aclosing(gateway.generate(specs[index], lives[index])) as items:
+                async for item in items:
+                    await queue.put((index, item))
+        except Exception as error:  # a bug: raised where the items are taken
+            await queue.put((index, error))
 
     tasks = [asyncio.ensure_future(run(index)) for index in range(len(specs))]
     num_open = len(specs)
     try:
         while num_open:
-            index, item = await _next(queue, tasks)
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
             num_open -= isinstance(item, Refusal) or item.usage is not None
             yield index, item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _next(
-    queue: "asyncio.Queue[tuple[int, Delta | Refusal]]", tasks: "list[asyncio.Future[None]]"
-) -> tuple[int, Delta | Refusal]:
-    """The next item; the error of a generation that failed instead of ending."""
-    getting = asyncio.ensure_future(queue.get())
-    try:
-        await asyncio.wait({getting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        while not getting.done():
-            for task in tasks:
-                if task.done() and task.exception() is not None:
-                    raise task.exception()  # type: ignore[misc]
-            running = [task for task in tasks if not task.done()]
-            await asyncio.wait({getting, *running}, return_when=asyncio.FIRST_COMPLETED)
-        return getting.result()
-    finally:
-        getting.cancel()
