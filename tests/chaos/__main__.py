@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from tests.chaos.faults import Fault, Injector, Kind
 from tests.chaos.load import Load, Seen, bodies
-from tests.e2e.harness import MODELLED, ROOT, Server
+from tests.e2e.harness import MODELLED, Server, demo_model_folder
 
 TOTAL_S = 595.0  # then the process ends whatever it does, and its server with it
 EXIT_TOO_LONG = 3
@@ -95,20 +94,6 @@ MODELLED_PART = Part(
     pause_s=(0.2, 1.0),
     limit_s=220.0,
 )
-
-
-def convert_model() -> Path:
-    """The demo's model as a folder; converted once for this machine."""
-    out = subprocess.run(
-        [sys.executable, "-m", "gpuworkers.convert"],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TOTAL_S,
-        check=True,
-    ).stdout
-    return Path(out.splitlines()[-1])
 
 
 def play(
@@ -242,7 +227,7 @@ def run(options: argparse.Namespace, running: list[Server], ends_at_s: float) ->
     print(f"chaos: seed={options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="slackwater-chaos-") as folder:
         if options.real:
-            part = real_part(convert_model())
+            part = real_part(demo_model_folder(TOTAL_S))
             var = Path(folder) / "real"
             results.append(play(part, options.real, options.seed, var, running, ends_at_s))
             print(table(results[-1:]), flush=True)

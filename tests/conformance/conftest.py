@@ -1,13 +1,11 @@
 """A real server with the real model for OpenAI's own client; the model's template knows tools."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import ROOT, Server
+from tests.e2e.harness import Server, demo_model_folder
 
 # As Hermes and Qwen tell a model of tools and read its calls.
 TEMPLATE = """{%- if tools %}<|im_start|>system
@@ -25,16 +23,7 @@ MODEL = "smollm2"
 
 def folder_with_tools(made: Path) -> Path:
     """The demo model's files under another name, with a chat template that knows tools."""
-    out = subprocess.run(
-        [sys.executable, "-m", "gpuworkers.convert"],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=True,
-    ).stdout
-    original = Path(out.splitlines()[-1])
+    original = demo_model_folder()
     made.mkdir()
     for path in original.iterdir():
         if path.name != "tokenizer_config.json":

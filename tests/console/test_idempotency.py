@@ -11,19 +11,10 @@ from django.utils import timezone
 
 from console import idempotency
 from console.models import IdempotencyRecord
-from console.writer import FactWriter
 from tests.console.memoryserver import MemoryServer, chat_body
 
 pytestmark = pytest.mark.django_db(transaction=True)
 DEAD = "nowhere:1:1:dead"
-
-
-@pytest.fixture
-def writer():
-    made = FactWriter()
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

@@ -9,20 +9,11 @@ from django.utils import timezone
 
 from console import batchclaims, batchfiles, tasks
 from console.models import Batch, BatchLine, File, Tenant
-from console.writer import FactWriter
 from tests.console import rows
 from tests.console.memoryserver import MODEL_ID, MemoryServer
 
 pytestmark = pytest.mark.django_db(transaction=True)
 URL = "/v1/chat/completions"
-
-
-@pytest.fixture
-def writer():
-    made = FactWriter()
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

@@ -11,20 +11,11 @@ from django.utils import timezone
 
 from console import v1files
 from console.models import File
-from console.writer import FactWriter
 from tests.console import rows
 from tests.console.memoryserver import Client, MemoryServer
 
 pytestmark = pytest.mark.django_db(transaction=True)
 LINES = b'{"custom_id": "a"}\n'
-
-
-@pytest.fixture
-def writer():
-    made = FactWriter()
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Servers for tests that only send requests, and the converted demo model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import ROOT, Server
+from tests.e2e.harness import Server, demo_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +18,4 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     """The demo model, converted once for this machine."""
-    out = subprocess.run(
-        [sys.executable, "-m", "gpuworkers.convert"],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=True,
-    ).stdout
-    return Path(out.splitlines()[-1])
+    return demo_model_folder()

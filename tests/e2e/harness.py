@@ -41,6 +41,20 @@ def until(condition, what, limit_s=HANG_S):
     raise AssertionError(f"waited {limit_s:.0f} s for {what}")
 
 
+def demo_model_folder(limit_s: float = 280.0) -> Path:
+    """The demo model, converted once for this machine."""
+    out = subprocess.run(
+        [sys.executable, "-m", "gpuworkers.convert"],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=True,
+    ).stdout
+    return Path(out.splitlines()[-1])
+
+
 def clean_environment(var: Path) -> dict[str, str]:
     """The shell's, less what would point to another database, broker or settings module."""
     dropped = ("DATABASE_URL", "REDIS_URL", "DJANGO_SETTINGS_MODULE", "MAKELEVEL", "MAKEFLAGS")
