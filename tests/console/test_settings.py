@@ -151,6 +151,25 @@ def test_the_checks_are_clean_with_nothing_set(tmp_path: Path) -> None:
     assert "no issues (0 silenced)" in done.stdout
 
 
+@pytest.mark.parametrize("command", [("apikey", "list"), ("plan", "history"), ("verify_audit",)])
+def test_a_database_without_tables_is_one_clear_line(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = manage(*command, SLACKWATER_VAR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: database: no such table: console_")
+    assert done.stderr.endswith(" (tables: `manage.py migrate`)\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unreachable_database_is_one_line_without_its_password(tmp_path: Path) -> None:
+    url = "postgresql://me:hunter2@127.0.0.1:1/none"
+    done = manage("apikey", "list", SLACKWATER_VAR=str(tmp_path), DATABASE_URL=url)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: database: ") and done.stderr.count("\n") == 1
+    assert "127.0.0.1" in done.stderr and "hunter2" not in done.stderr
+
+
 def test_the_public_profile_passes_the_deployment_checks(tmp_path: Path) -> None:
     done = manage(
         "check",
