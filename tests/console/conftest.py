@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from django.test import Client
 
 from console.writer import FactWriter
+from tests.console.pagecast import client_of
 
 
 @pytest.fixture
@@ -14,3 +16,9 @@ def writer(transactional_db) -> Iterator[FactWriter]:
     made.start()
     yield made
     made.stop()
+
+
+@pytest.fixture
+def operator(db: None) -> Client:
+    """An operator who has logged in."""
+    return client_of()

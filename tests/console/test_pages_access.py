@@ -51,11 +51,6 @@ def rows():
     ApiKey.objects.filter(pk=key.pk).update(public_id="KEY00000")
 
 
-@pytest.fixture
-def operator():
-    return client_of()
-
-
 def address(name):
     return reverse(f"pages:{name}", args=PAGES[name])
 

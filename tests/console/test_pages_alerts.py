@@ -25,11 +25,6 @@ def rules(db):
     ensure_default_rules()
 
 
-@pytest.fixture
-def operator():
-    return client_of()
-
-
 def make_alert(**changes):
     values = {
         "rule": AlertRule.objects.get(kind="worker_lost"),

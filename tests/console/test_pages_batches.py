@@ -13,11 +13,6 @@ from tests.console.pagecast import client_of, make_batch
 pytestmark = pytest.mark.django_db
 
 
-@pytest.fixture
-def operator():
-    return client_of()
-
-
 def progress(batch):
     (row,) = batches.with_progress(Batch.objects.filter(pk=batch.pk))
     return row

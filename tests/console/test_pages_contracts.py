@@ -10,7 +10,7 @@ from console.contracts import in_force as contracts_in_force
 from console.models import AuditEvent, ContractRow, Model, SLOClassRow
 from controlplane.domain import ContractsSet
 from tests.console.memoryserver import MODEL_ID
-from tests.console.pagecast import client_of, make_tenant
+from tests.console.pagecast import make_tenant
 from tests.console.pageserver import PageServer
 
 pytestmark = pytest.mark.django_db
@@ -27,11 +27,6 @@ VALUES = {
     "usd_per_million_output": 0,
 }
 HUGE = {"tokens_per_min": 2_000_000_000, "requests_per_min": 1_000_000}
-
-
-@pytest.fixture
-def operator():
-    return client_of()
 
 
 @pytest.fixture

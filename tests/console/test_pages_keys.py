@@ -13,15 +13,10 @@ from console.pages.keyforms import OVERLAP_HOURS_MAX
 from console.snapshot import Snapshot
 from controlplane.domain import Contract
 from controlplane.ledger import AccountView
-from tests.console.pagecast import client_of, make_tenant
+from tests.console.pagecast import make_tenant
 from tests.console.pageserver import PageServer
 
 pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture
-def operator():
-    return client_of()
 
 
 @pytest.fixture

@@ -7,15 +7,9 @@ import pytest
 from console import state
 from console.models import AuditEvent, Model
 from tests.console.memoryserver import MODEL_ID
-from tests.console.pagecast import client_of
 from tests.console.pageserver import PageServer
 
 pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture
-def operator():
-    return client_of()
 
 
 @pytest.fixture

@@ -8,16 +8,10 @@ from django.test.utils import CaptureQueriesContext
 from console import livesocket, queueview, state
 from controlplane import domain
 from tests.console.memoryserver import MODEL_ID
-from tests.console.pagecast import client_of
 from tests.console.pageserver import PageServer
 
 pytestmark = pytest.mark.django_db
 LIMITS = {"requests_per_min": 60, "tokens_per_min": 1000, "concurrency_max": 4}
-
-
-@pytest.fixture
-def operator():
-    return client_of()
 
 
 @pytest.fixture

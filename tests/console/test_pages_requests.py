@@ -18,11 +18,6 @@ pytestmark = pytest.mark.django_db
 HISTORY = "/requests/history/"
 
 
-@pytest.fixture
-def operator():
-    return client_of()
-
-
 def ids(client, **query):
     rows = client.get(HISTORY, {"format": "json", **query}).json()
     return [row["request_id"] for row in rows]

@@ -6,15 +6,10 @@ import pytest
 from django.utils import timezone
 
 from console.pages import routing
-from tests.console.pagecast import DECISION, EXPLAINED, client_of, make_record
+from tests.console.pagecast import DECISION, EXPLAINED, make_record
 
 pytestmark = pytest.mark.django_db
 LOCAL = {"split": "local", "handoff_ms": None, "handoff_bytes": 0}
-
-
-@pytest.fixture
-def operator():
-    return client_of()
 
 
 def on(worker_id):

@@ -13,15 +13,9 @@ from django.utils import timezone
 from console import costreport, usage
 from console.costs import CostLine
 from console.models import CostMinute, GpuMinute
-from tests.console.pagecast import client_of
 
 pytestmark = pytest.mark.django_db
 HOUR_USD = 3.6  # a milli-dollar a second
-
-
-@pytest.fixture
-def operator():
-    return client_of()
 
 
 def make_minute(hours_ago, tenants=("acme",), model_id="m", **changes):

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture
-def operator():
-    return client_of()
-
-
-@pytest.fixture
 def server(monkeypatch):
     made = PageServer(("prefill", "decode"))
     monkeypatch.setattr(state, "current", made.state)

@@ -13,8 +13,9 @@ from django.utils import timezone
 from console import plans
 from console.fleetrecords import FleetRecords
 from console.management.commands import plan as command
-from console.models import PlanOrder, PlanRecord
+from console.models import PlanOrder
 from controlplane import domain
+from tests.console.pagecast import make_plan
 from tests.console.test_fleet import Rig
 
 pytestmark = pytest.mark.django_db
@@ -25,19 +26,6 @@ class DirectWriter:
 
     async def call(self, function, *args):
         return await sync_to_async(function)(*args)
-
-
-def record(**values) -> PlanRecord:
-    values = {
-        "at": timezone.now(),
-        "worker_id": "w1",
-        "role_before": "prefill",
-        "role_after": "decode",
-        "by": "planner",
-        "reason": "long prompts ended",
-        **values,
-    }
-    return PlanRecord.objects.create(**values)
 
 
 def run(*words: str) -> tuple[int, str]:
@@ -77,13 +65,13 @@ def test_every_kind_of_change_is_stored_with_all_that_it_says():
     ],
 )
 def test_records_read_as_what_they_changed(values, text):
-    assert str(record(**values)) == text
+    assert str(make_plan(**values)) == text
 
 
 def test_history_lists_the_newest_first_without_demo_history():
-    record(reason="older")
-    record(reason="invented", is_demo_history=True)
-    newest = record(reason="newer", is_shadow=True)
+    make_plan(reason="older")
+    make_plan(reason="invented", is_demo_history=True)
+    newest = make_plan(reason="newer", is_shadow=True)
     code, out = run("history", "--json", "--limit", "5")
     rows = json.loads(out)
     assert code == 0 and [row["reason"] for row in rows] == ["newer", "older"]
@@ -98,8 +86,8 @@ def test_history_over_its_limit_is_refused():
 
 
 def test_status_tells_mode_workers_and_newest_change():
-    record(reason="carried out")
-    record(reason="only advice", is_shadow=True)
+    make_plan(reason="carried out")
+    make_plan(reason="only advice", is_shadow=True)
     plans.note_mode("shadow", "ann")
     code, out = run("status", "--json")
     found = json.loads(out)
@@ -128,21 +116,21 @@ def test_order_that_no_server_takes_is_withdrawn(monkeypatch):
 def test_apply_names_what_cannot_be_applied():
     with pytest.raises(CommandError, match="there is no recommendation"):
         call_command("plan", "apply")
-    done = record()
+    done = make_plan()
     with pytest.raises(CommandError, match="was carried out"):
         call_command("plan", "apply", str(done.pk))
-    old = record(is_shadow=True, at=timezone.now() - timedelta(hours=2))
+    old = make_plan(is_shadow=True, at=timezone.now() - timedelta(hours=2))
     with pytest.raises(CommandError, match="too old to apply"):
         call_command("plan", "apply", str(old.pk))
-    start = record(is_shadow=True, kind="start")
+    start = make_plan(is_shadow=True, kind="start")
     with pytest.raises(CommandError, match="switch shadow mode off"):
         call_command("plan", "apply", str(start.pk))
 
 
 def test_recommendation_becomes_the_order_that_carries_it_out():
-    role = record(is_shadow=True)
-    model = record(is_shadow=True, kind="model", model_after="b")
-    drain = record(is_shadow=True, kind="drain")
+    role = make_plan(is_shadow=True)
+    model = make_plan(is_shadow=True, kind="model", model_after="b")
+    drain = make_plan(is_shadow=True, kind="drain")
     assert plans.order_of(role) == ("role", "w1", "decode")
     assert plans.order_of(model) == ("model", "w1", "b")
     assert plans.order_of(drain) == ("drain", "w1", "")
